@@ -1,0 +1,1851 @@
+"""Train an ensemble of GPTs, each distilled from the one before, on a fixed budget of tokens.
+
+The regime is "data is fixed, compute is not" (the NanoGPT Slowrun): at most `train_tokens` tokens
+may be seen, as often as one likes, and the lowest loss on unseen text wins.
+
+    ./run.sh                                            set up, pick a track, get its data, run
+    torchrun --nproc_per_node=8 train_gpt.py --track=limited        8 GPUs
+    python train_gpt.py --track=cpu --num_models=2                  one device, one field changed
+    python train_gpt.py baseline --track=cpu            the plain models that we compare against
+    python train_gpt.py sample --run_id=NAME --prompt="It was"      text from a finished run
+    python train_gpt.py check --track=mini              validate settings and data, train nothing
+    python train_gpt.py --help                          every field: default, unit, meaning
+
+Rules of a record: the result is one number declared in advance (the mixture of all members after
+their last step), never a minimum over evaluations. Choices are made on `selection`, whole documents
+cut from the training budget; `val` is for comparison between runs, `holdout` is scored once, at the
+end. The log begins with this source and reproduces the run.
+
+Read from top to bottom: config, runtime, data, model, loss, optimizer, schedules, evaluation,
+one member, the run, the commands. This file stays below 1,600 lines.
+"""
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+# ================================================================================================
+# Config and tracks
+# ================================================================================================
+
+ROOT = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Something a person can mend: what, where, what to do, in one line. Exit code 2."""
+
+
+def opt(default, meaning):
+    """A field of Config with its unit and meaning, which --help prints."""
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every tunable number of a run. The defaults are what the tracks share; 0 or false is off."""
+    track: str = opt("cpu", "name of a track; the table TRACKS says what it changes")
+    preset: str = opt("", "toy: shrink any track to seconds on a CPU, its techniques left on")
+    run_id: str = opt("", "name of the folder under runs_dir; empty: track, date and time")
+    runs_dir: str = opt("runs", "folder of the runs")
+    seed: int = opt(1, "of init, order and dropout; members and ranks derive theirs from it")
+    device: str = opt("auto", "cuda, mps or cpu; auto: the first of them that is there")
+    dtype: str = opt("auto", "bfloat16 or float32, of matrix products; auto: bfloat16 if fast")
+    compile: bool = opt(True, "use torch.compile (where a compiler is found)")
+    log_steps: int = opt(5, "steps between readings of the loss, each a line of metrics.jsonl")
+    log_seconds: float = opt(5.0, "seconds between progress lines when not on a terminal")
+
+    # ---- data
+    dataset: str = opt("data/fineweb", "folder of *_train_*.bin, *_val_*.bin and meta.json")
+    train_tokens: int = opt(100_000_000, "tokens, the whole data budget, selection included")
+    selection_tokens: int = opt(132_000, "tokens, whole documents cut from the front of train")
+    eval_tokens: int = opt(0, "tokens of val and of holdout that are scored; 0: all")
+    vocab_size: int = opt(50257, "tokens of the dataset's vocabulary (its shards must agree)")
+    seq_len: int = opt(2048, "tokens a row")
+    batch_rows: int = opt(256, "rows a step, over all devices")
+    device_batch_size: int = opt(4, "rows a micro-batch on one device; lower it on out of memory")
+
+    # ---- ensemble
+    num_models: int = opt(1, "members, trained one after the other")
+    num_epochs: int = opt(11, "passes over the training tokens, each member")
+    first_epochs: int = opt(0, "passes of the first member; 0: num_epochs")
+    include_first: bool = opt(True, "keep the first, undistilled member in the ensemble")
+    final_mixture: str = opt("uniform", "uniform or learned (on selection): the declared result")
+    kd_alpha: float = opt(0.0, "weight of the distillation loss from member k-1, 0 to 1")
+    kd_temperature: float = opt(1.0, "temperature T of the distillation loss; it gets T*T")
+
+    # ---- model
+    num_layers: int = opt(30, "blocks")
+    model_dim: int = opt(1792, "width of the residual stream")
+    num_heads: int = opt(14, "attention heads; must divide model_dim")
+    mlp_multiple: int = opt(256, "the MLP's hidden width, 8/3 model_dim, is rounded up to it")
+    swiglu: bool = opt(True, "SwiGLU MLP; off: squared ReLU of width 4 model_dim")
+    resid_init: float = opt(1.0, "initial r of x <- r x + a x0 before each block; 0: no r")
+    x0_init: float = opt(0.1, "initial a of x <- r x + a x0 (x0: the embedding); 0: no a")
+    unet: bool = opt(True, "learned skips from each early layer to its mirror image")
+    value_projections: bool = opt(True, "in every second layer values also come from x0, gated")
+    attn_gate: bool = opt(True, "a gate per attention head, read from the first 12 channels")
+    qk_norm: bool = opt(True, "RMS-normalize queries and keys after the rotation")
+    rope_base: float = opt(10000.0, "base of the rotary position embedding; 0: none")
+    window_pattern: str = opt("SSSL", "windows by layer, S = seq_len/2, L = seq_len; last is L")
+    loop_start: int = opt(0, "first of the layers that are run repeatedly, counted from 0")
+    loop_end: int = opt(0, "last of the layers that are run repeatedly")
+    loop_count: int = opt(1, "times that loop_start..loop_end are run; 1: no looping")
+    loop_from_epoch: int = opt(0, "epoch, counted from 0, in which looping begins")
+    softcap: float = opt(10.0, "logits are c*tanh(z/c); 0: not capped")
+    proj_init: str = opt("normal", "output projections of attention and MLP: normal or zero")
+    mtp_weight: float = opt(0.0, "weight of the second-next-token loss (one extra block)")
+
+    # ---- optimizer and regularization
+    matrix_lr: float = opt(0.01, "Muon's learning rate, all matrices of the blocks")
+    embed_lr: float = opt(0.0375, "AdamW's learning rate, embedding")
+    head_lr: float = opt(0.0005, "AdamW's learning rate, output head")
+    x0_lr: float = opt(0.025, "AdamW's learning rate, the a of x0_init")
+    scalar_lr: float = opt(0.00025, "AdamW's learning rate, the r of resid_init and the skips")
+    weight_decay: float = opt(1.3, "of matrices, embedding and head; a step takes lr*wd*w off")
+    momentum: float = opt(0.95, "Muon's momentum")
+    momentum_start: float = opt(0.85, "Muon's momentum at the first step")
+    momentum_steps: int = opt(300, "steps in which the momentum rises to its value; 0: at once")
+    muon_eq: bool = opt(True, "MuonEq-R: rows to unit length before orthogonalization")
+    normuon_beta2: float = opt(0.95, "NorMuon's second moment by neuron; 0: plain Muon")
+    cautious: bool = opt(True, "decay only weights that the update does not push outwards")
+    dropout: float = opt(0.1, "after the output projections of attention and MLP")
+    lr_warmup: float = opt(0.0, "fraction of the steps in which lr rises linearly from 0")
+    lr_warmdown: float = opt(0.2, "fraction of the steps, at the end, in which lr falls")
+    lr_power: float = opt(0.5, "the warmdown's exponent: 1 linear, 0.5 square root")
+    lr_floor: float = opt(0.0, "lr at the end as a fraction of its peak")
+    wd_schedule: str = opt("0:1", "progress:multiplier,... of weight_decay, linear in between")
+    loss_chunk: int = opt(2048, "tokens whose logits are in memory at once")
+
+    @property
+    def padded_vocab(self):
+        """Rows of embedding and head: a multiple of 64, for the hardware and for sharding."""
+        return -(-self.vocab_size // 64) * 64
+
+    @property
+    def mlp_dim(self):
+        multiple = self.mlp_multiple
+        return -(-8 * self.model_dim // (3 * multiple)) * multiple if self.swiglu else (
+            4 * self.model_dim)
+
+    def epochs_of(self, member):
+        """Epochs of member `member`, counted from 1."""
+        return self.first_epochs if member == 1 and self.first_epochs else self.num_epochs
+
+
+# Only what differs from the defaults above. Sources: TRACKS["limited"] has the settings of the
+# NanoGPT Slowrun's 1-hour track; `cpu` was tuned on selection (records/EXPERIMENTS.md); `mini` is a
+# proportionate guess that nobody has tuned yet.
+TRACKS = {
+    "cpu": dict(
+        dataset="data/sample", vocab_size=2048, train_tokens=80_000, selection_tokens=8_000,
+        seq_len=256, batch_rows=8, device_batch_size=8, num_models=4, num_epochs=10, kd_alpha=0.5,
+        num_layers=4, model_dim=160, num_heads=4, mlp_multiple=32, softcap=15.0,
+        matrix_lr=0.02, embed_lr=0.1, head_lr=0.003, x0_lr=0.02, scalar_lr=0.002,
+        weight_decay=0.3, momentum_steps=100, lr_warmdown=0.4, lr_power=1.0, loss_chunk=1024),
+    "mini": dict(
+        train_tokens=4_000_000, selection_tokens=60_000, seq_len=1024, batch_rows=64,
+        device_batch_size=32, num_models=4, num_epochs=16, kd_alpha=0.5, num_layers=12,
+        model_dim=768, num_heads=6, softcap=15.0, lr_warmdown=0.4, lr_power=1.0),
+    "limited": dict(
+        loop_start=15, loop_end=20, loop_count=3, loop_from_epoch=7, mtp_weight=0.3),
+}
+
+PRESETS = {
+    "": {},
+    "toy": dict(
+        dataset="data/sample", vocab_size=2048, train_tokens=9_000, selection_tokens=1_000,
+        eval_tokens=2_000, seq_len=64, batch_rows=16, device_batch_size=4, num_epochs=2,
+        num_layers=4, model_dim=64, num_heads=2, mlp_multiple=32, loop_start=2, loop_end=2,
+        loop_from_epoch=1, momentum_steps=10, loss_chunk=512, compile=False),
+}
+
+
+def nearest(name, names):
+    """' Did you mean ...?' for the closest of `names`, or the list of them."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else "there are: " + ", ".join(sorted(names))
+
+
+def make_config(track="cpu", **overrides):
+    """The Config of `track` with `overrides`. UserError for unknown names and bad values."""
+    if track not in TRACKS:
+        raise UserError(f"unknown track {track!r}; {nearest(track, TRACKS)}")
+    preset = overrides.get("preset", "")
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}; {nearest(preset, PRESETS)}")
+    names = {f.name for f in fields(Config)}
+    for name in overrides:
+        if name not in names:
+            raise UserError(f"unknown field --{name}; {nearest(name, names)}")
+    config = Config(**{**TRACKS[track], **PRESETS[preset], **overrides, "track": track})
+    check_config(config)
+    return config
+
+
+def check_config(c):
+    """UserError, in one line, for values that cannot work."""
+    zero_is_fine = {"selection_tokens", "eval_tokens", "first_epochs", "momentum_steps", "seed",
+                    "loop_start", "loop_end", "loop_from_epoch"}
+    for f in fields(c):
+        value = getattr(c, f.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{f.name}={value}: must be a finite number")
+        if isinstance(value, (int, float)) and value < 0:
+            raise UserError(f"--{f.name}={value}: must not be negative")
+        if type(value) is int and value == 0 and f.name not in zero_is_fine:
+            raise UserError(f"--{f.name}=0: must be at least 1")
+    for name, values in (("final_mixture", ("uniform", "learned")), ("proj_init", (
+            "normal", "zero")), ("dtype", ("auto", "bfloat16", "float32")), ("device", (
+            "auto", "cuda", "mps", "cpu"))):
+        if getattr(c, name) not in values:
+            raise UserError(f"--{name}={getattr(c, name)}: must be one of {', '.join(values)}")
+    problems = (
+        (c.model_dim % c.num_heads, f"--num_heads={c.num_heads} does not divide --model_dim="
+         f"{c.model_dim}; one that does is {nearest_divisor(c.model_dim, c.num_heads)}"),
+        (c.model_dim // c.num_heads % 2 and c.rope_base, "rotary embeddings need an even width a"
+         f" head, and --model_dim={c.model_dim} / --num_heads={c.num_heads} is odd"),
+        (c.model_dim < 32, f"--model_dim={c.model_dim}: the gates read 32 channels; at least 32"),
+        (c.loop_count > 1 and not c.loop_start <= c.loop_end < c.num_layers, f"--loop_start="
+         f"{c.loop_start} --loop_end={c.loop_end}: not a range of layers 0..{c.num_layers - 1}"),
+        (set(c.window_pattern) - set("SL"), f"--window_pattern={c.window_pattern}: only S and L"),
+        (c.dropout >= 1, f"--dropout={c.dropout}: must be below 1"),
+        (c.kd_alpha > 1, f"--kd_alpha={c.kd_alpha}: must be at most 1"),
+        (c.kd_temperature == 0, "--kd_temperature=0: must be positive"),
+        (c.momentum >= 1 or c.momentum_start >= 1 or c.normuon_beta2 >= 1,
+         "--momentum, --momentum_start and --normuon_beta2 must be below 1"),
+        (c.lr_warmup + c.lr_warmdown > 1, "--lr_warmup and --lr_warmdown together exceed 1"),
+        (c.selection_tokens >= c.train_tokens, "--selection_tokens must be below --train_tokens"),
+        (c.num_models == 1 and not c.include_first, "--include_first=false leaves no member"),
+        (c.final_mixture == "learned" and not c.selection_tokens,
+         "--final_mixture=learned needs --selection_tokens"),
+        (c.run_id and not re.fullmatch(r"[A-Za-z0-9][\w.\-]*", c.run_id),
+         f"--run_id={c.run_id}: letters, digits, '.', '_' and '-' only, and no path"),
+    )
+    for is_wrong, message in problems:
+        if is_wrong:
+            raise UserError(message)
+    piecewise_linear(c.wd_schedule, 0.0)
+
+
+def nearest_divisor(number, wanted):
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
+
+
+def parse_arguments(argv):
+    """`--field=value` strings -> (track, overrides). Types are those of Config's defaults."""
+    types, overrides = {f.name: type(f.default) for f in fields(Config)}, {}
+    for argument in argv:
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals:
+            raise UserError(f"{argument!r} is not --field=value (--help lists the fields)")
+        if name not in types:
+            raise UserError(f"unknown field --{name}; {nearest(name, types)}")
+        try:
+            if types[name] is bool:
+                overrides[name] = {"true": True, "1": True, "false": False, "0": False}[
+                    text.lower()]
+            else:
+                overrides[name] = types[name](text)
+        except (ValueError, KeyError):
+            kind = {bool: "true or false", int: "a whole number", float: "a number"}[types[name]]
+            raise UserError(f"--{name}={text}: must be {kind}") from None
+    return overrides.pop("track", "cpu"), overrides
+
+
+def help_text():
+    lines = [__doc__, "Fields (--field=value), with the default of no track:", ""]
+    for f in fields(Config):
+        lines.append(f"  --{f.name}={f.default}".ljust(34) + " " + f.metadata["help"])
+    for track, changes in TRACKS.items():
+        lines.append(f"\nTrack {track}: " + " ".join(f"{k}={v}" for k, v in changes.items()))
+    return "\n".join(lines)
+
+
+# ================================================================================================
+# Runtime: processes, device, dtype, log
+# ================================================================================================
+
+# Dense bf16 peak of a device, FLOP/s, by a part of its name: NVIDIA's data sheets.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+              "A100": 312e12, "L40S": 362e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12}
+
+
+@dataclass
+class Runtime:
+    """The processes and the device of this run; one process and many take the same code path."""
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype          # of matrix products
+    attention: str              # "fa3", "flex" or "sdpa"
+    compile: bool
+    notes: list                 # what is slower or other than asked for: one line each
+
+    def sum(self, tensor):
+        """Sum of `tensor` over the processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor):
+        """[n, ...] of each process -> [world * n, ...], on all of them."""
+        if self.world == 1:
+            return tensor
+        whole = tensor.new_empty(self.world * len(tensor), *tensor.shape[1:])
+        all_gather(whole, tensor.contiguous())
+        return whole
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def all_gather(whole, part, **kwargs):
+    """torch 2.13 renamed it; the older name serves 2.11 and 2.12."""
+    return getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(whole, part, **kwargs)
+
+
+def reduce_scatter(part, whole, **kwargs):
+    return getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(part, whole, **kwargs)
+
+
+def start_runtime(c):
+    """Join the process group that torchrun announces, if any; choose device, dtype, attention."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    kind, notes = c.device, []
+    if kind == "auto":
+        kind = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda: no CUDA device is visible; --device=cpu runs without")
+    device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"{world} processes, but {torch.cuda.device_count()} GPUs here: lower"
+                            " --nproc_per_node")
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if kind == "cpu":  # the processes share the cores
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world)
+                              if hasattr(os, "sched_getaffinity") else torch.get_num_threads())
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    fast_bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else
+                 kind == "cpu" and (torch.cpu._is_amx_tile_supported()
+                                    or torch.cpu._is_avx512_bf16_supported()))
+    dtype = (torch.bfloat16 if fast_bf16 else torch.float32) if c.dtype == "auto" else (
+        getattr(torch, c.dtype))
+    can_compile = c.compile and kind != "mps" and (kind == "cuda" or has_compiler())
+    if c.compile and not can_compile:
+        notes.append("compile: off, no C++ compiler found (or device mps); several times slower")
+    attention = choose_attention(device, dtype, can_compile, notes)
+    return Runtime(rank, world, device, dtype, attention, can_compile, notes)
+
+
+def has_compiler():
+    """Can torch.compile build C++ here?"""
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        return subprocess.run([get_cpp_compiler(), "--version"], capture_output=True).returncode == 0
+    except Exception:  # inductor raises various errors where no compiler is found
+        return False
+
+
+def choose_attention(device, dtype, can_compile, notes):
+    """FlashAttention 3 if it imports and a call succeeds, else what PyTorch ships."""
+    if device.type != "cuda":
+        return "sdpa"
+    try:
+        from flash_attn_interface import flash_attn_func
+        probe = torch.zeros(1, 128, 2, 128, device=device, dtype=torch.bfloat16)
+        flash_attn_func(probe, probe, probe, causal=True, window_size=(63, 0))
+        torch.cuda.synchronize()
+        if dtype == torch.bfloat16:
+            return "fa3"
+    except Exception as error:  # not installed, another architecture, a broken build
+        notes.append(f"attention: no FlashAttention 3 ({type(error).__name__}),"
+                     f" using {'FlexAttention' if can_compile else 'SDPA with masks'}")
+    return "flex" if can_compile else "sdpa"
+
+
+def hardware_name(device):
+    if device.type == "cuda":
+        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name(device)}"
+    try:
+        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        model = platform.processor()
+    return f"{os.cpu_count()}-core {platform.machine()} CPU ({model})"
+
+
+def peak_flops(device):
+    """FLOP/s of one device, or None if unknown (MFU is then n/a)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory(device):
+    """Bytes: allocated at most on the GPU, or resident at most in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024)
+    except ImportError:
+        return None
+
+
+class Log:
+    """Console, runs/<id>/log.txt and metrics.jsonl. Only rank 0 writes."""
+
+    def __init__(self, folder, active, every_seconds):
+        self.folder, self.active, self.every = folder, active, every_seconds
+        self.terminal, self.live, self.last = sys.stdout.isatty(), False, 0.0
+        if active:
+            (folder / "members").mkdir(parents=True, exist_ok=True)
+            self.text = open(folder / "log.txt", "w", encoding="utf-8")
+            self.numbers = open(folder / "metrics.jsonl", "w", encoding="utf-8")
+
+    def file(self, text):
+        """Into log.txt only."""
+        if self.active:
+            print(text, file=self.text, flush=True)
+
+    def say(self, text=""):
+        """A line for the console and log.txt."""
+        if self.active:
+            print(("\r\033[K" if self.live else "") + text, flush=True)
+            self.live = False
+            self.file(text)
+
+    def progress(self, text, always=False):
+        """One line that rewrites itself on a terminal, else a line every few seconds."""
+        now = time.monotonic()
+        if self.active and (always or now - self.last > (0.2 if self.terminal else self.every)):
+            print("\r\033[K" + text if self.terminal else text, flush=True,
+                  end="" if self.terminal else "\n")
+            self.live, self.last = self.terminal, now
+
+    def metrics(self, **numbers):
+        """`key:value` pairs for log.txt, one JSON line for metrics.jsonl."""
+        if self.active:
+            self.file(" ".join(f"{k}:{v:.6g}" if isinstance(v, float) else f"{k}:{v}"
+                               for k, v in numbers.items()))
+            print(json.dumps(numbers), file=self.numbers, flush=True)
+
+
+def command_output(*command):
+    """Standard output of `command`, stripped; empty if it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    except OSError:
+        return ""
+
+
+def git_commit():
+    commit = command_output("git", "rev-parse", "HEAD")
+    changed = command_output("git", "status", "--porcelain", "--untracked-files=no")
+    return (commit or "unknown") + (" with uncommitted changes" if changed else "")
+
+
+# ================================================================================================
+# Data
+# ================================================================================================
+
+MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256   # llm.c's and modded-nanogpt's shard format
+GPT2_VOCAB, GPT2_BOS = 50257, 50256              # what a header with zeros there means
+
+
+def read_shard(path, vocab_size, sha256):
+    """uint16 memory map of the tokens and the BOS id. UserError if the file is not sound."""
+    again = "fetch or build the dataset again"
+    try:
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(header) < HEADER_INTS or header[0] != MAGIC:
+        raise UserError(f"{path}: not a token shard (wrong magic); {again}")
+    if header[1] != VERSION:
+        raise UserError(f"{path}: shard version {header[1]}, this script reads {VERSION}; {again}")
+    count, vocab, bos = int(header[2]), int(header[3]) or GPT2_VOCAB, int(header[4]) or GPT2_BOS
+    if count < 2 or size != 4 * HEADER_INTS + 2 * count:
+        raise UserError(f"{path}: the header says {count} tokens, the file holds"
+                        f" {(size - 4 * HEADER_INTS) / 2:g}; {again}")
+    if vocab != vocab_size:
+        raise UserError(f"{path}: vocabulary of {vocab}; set --vocab_size={vocab}")
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(count,))
+    if int(tokens.max()) >= vocab:
+        at = int(np.argmax(tokens >= vocab))
+        raise UserError(f"{path}: token {tokens[at]} at {at} is not below {vocab}; {again}")
+    if tokens[0] != bos:
+        raise UserError(f"{path}: must begin with BOS {bos}, not {tokens[0]}; {again}")
+    if sha256 and hashlib.sha256(memoryview(path.read_bytes())).hexdigest() != sha256:
+        raise UserError(f"{path}: SHA-256 is not the one in meta.json; {again}")
+    return tokens, bos
+
+
+def split_documents(tokens, bos):
+    """[n] -> list of views, one a document, each beginning with BOS."""
+    starts = np.flatnonzero(tokens == bos)
+    return [tokens[a:b] for a, b in zip(starts, [*starts[1:], len(tokens)])]
+
+
+def cut_documents(documents, budget):
+    """The first documents, the last one shortened, that make exactly `budget` tokens."""
+    kept, total = [], 0
+    for document in documents:
+        if total >= budget:
+            break
+        kept.append(document[:budget - total])
+        total += len(kept[-1])
+    return kept
+
+
+@dataclass
+class Dataset:
+    """Lists of documents (uint16 views that begin with BOS) and the folder's meta.json."""
+    train: list
+    selection: list
+    val: list
+    holdout: list
+    bos: int
+    meta: dict
+    hashes: dict                # file name -> SHA-256
+    bytes_per_token: dict       # split -> UTF-8 bytes of text a token, or None
+    notes: list
+
+
+def load_dataset(c):
+    """Read `c.dataset`, cut selection and budget, check that no val document is in train."""
+    folder = ROOT / c.dataset
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        listed = dict(meta.get("splits", {}))
+    except FileNotFoundError:
+        meta, listed = {}, {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / 'meta.json'}: cannot be read ({error})") from None
+    splits, hashes, per_token, bos = {}, {}, {}, None
+    for split in ("train", "val", "holdout"):
+        documents, tokens = [], 0
+        for path in sorted(folder.glob(f"*_{split}_*.bin")):
+            if tokens >= c.train_tokens and split == "train":
+                break
+            facts = listed.get(f"{split}_{path.stem.rpartition('_')[2]}", {})
+            shard, bos = read_shard(path, c.vocab_size, facts.get("sha256"))
+            hashes[path.name] = facts.get("sha256", "not listed")
+            if facts.get("text_bytes"):
+                per_token[split] = facts["text_bytes"] / len(shard)
+            documents += split_documents(shard, bos)
+            tokens += len(shard)
+        if not documents:
+            script = "sample" if folder.name == "sample" else "fineweb"
+            raise UserError(f"{folder}: no {split} shards; get them with: python data/{script}.py")
+        splits[split] = documents
+        if split == "train" and tokens < c.train_tokens:
+            raise UserError(f"{folder}: {tokens:,} training tokens, fewer than --train_tokens="
+                            f"{c.train_tokens}; get more or lower it")
+    if c.eval_tokens:
+        splits["val"] = cut_documents(splits["val"], c.eval_tokens)
+        splits["holdout"] = cut_documents(splits["holdout"], c.eval_tokens)
+    train, notes = without_overlap(folder, splits)
+    train, selected = cut_documents(train, c.train_tokens), 0
+    while sum(map(len, train[:selected])) < c.selection_tokens:
+        selected += 1
+    if selected >= len(train):
+        raise UserError(f"--selection_tokens={c.selection_tokens} takes all documents of train")
+    return Dataset(train[selected:], train[:selected], splits["val"], splits["holdout"], bos, meta,
+                   hashes, per_token, notes)
+
+
+def without_overlap(folder, splits):
+    """Train documents that are in neither val nor holdout, and a note if any were left out.
+
+    A few exact duplicates are normal in web text; more than 0.5 % mean that the splits are wrong.
+    """
+    held_out = {document.tobytes() for split in ("val", "holdout") for document in splits[split]}
+    train = [document for document in splits["train"] if document.tobytes() not in held_out]
+    lost = len(splits["train"]) - len(train)
+    if lost > 0.005 * len(held_out):
+        raise UserError(f"{folder}: {lost} documents of train are also in val or holdout; the"
+                        " splits overlap, build the dataset again")
+    return train, [f"data: {lost} documents of train left out, as val or holdout has them too"
+                   ] if lost else []
+
+
+class Rows:
+    """The rows that a member trains on, as one endless sequence cut into steps.
+
+    Every epoch permutes the documents, lays them end to end, cuts rows of seq_len + 1 tokens that
+    overlap by one (so that each token is predicted exactly once), and permutes the rows. Rows that
+    do not fill an epoch's last step are carried over into the next epoch; only the very last step
+    may be smaller. `step(s)` depends on nothing but the arguments and s, whatever the world size.
+    """
+
+    def __init__(self, documents, seq_len, batch_rows, num_epochs, seed, bos):
+        self.documents, self.seq_len, self.batch_rows = documents, seq_len, batch_rows
+        self.seed, self.bos, self.tokens = seed, bos, sum(map(len, documents))
+        self.rows_per_epoch = -(-(self.tokens - 1) // seq_len)
+        self.total_rows = self.rows_per_epoch * num_epochs
+        self.num_steps = -(-self.total_rows // batch_rows)
+        self.epoch, self.stream, self.order = None, None, None
+
+    def load(self, epoch):
+        """Shuffle and cut `epoch`, unless it is the present one."""
+        if epoch == self.epoch:
+            return
+        random = np.random.default_rng((self.seed, epoch))
+        self.stream = np.concatenate([self.documents[i] for i in
+                                      random.permutation(len(self.documents))])
+        self.order = random.permutation(self.rows_per_epoch)
+        self.epoch = epoch
+
+    def step(self, step):
+        """inputs, targets: int64 [batch_rows, seq_len]. Target -1: nothing is predicted there."""
+        first = step * self.batch_rows
+        inputs = np.full((self.batch_rows, self.seq_len), self.bos, dtype=np.int64)
+        targets = np.full((self.batch_rows, self.seq_len), -1, dtype=np.int64)
+        for i, row in enumerate(range(first, min(first + self.batch_rows, self.total_rows))):
+            self.load(row // self.rows_per_epoch)
+            start = self.order[row % self.rows_per_epoch] * self.seq_len
+            tokens = self.stream[start:start + self.seq_len + 1]
+            inputs[i, :len(tokens) - 1], targets[i, :len(tokens) - 1] = tokens[:-1], tokens[1:]
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    def epoch_of(self, step):
+        """Epochs completed when `step` begins (float)."""
+        return step * self.batch_rows / self.rows_per_epoch
+
+
+# ================================================================================================
+# Model
+# ================================================================================================
+
+GATE_CHANNELS, VALUE_GATE_CHANNELS = 12, 32   # of the residual stream, that the gates read
+
+
+class Stage(NamedTuple):
+    """What of the model's graph changes in the course of training."""
+    from_epoch: int
+    loops: int
+
+
+def stages(c):
+    """The stages of a member's training, in order."""
+    first = [Stage(0, 1)]
+    return first + [Stage(c.loop_from_epoch, c.loop_count)] if c.loop_count > 1 else first
+
+
+def stage_at(c, epoch):
+    return [stage for stage in stages(c) if stage.from_epoch <= epoch + 1e-9][-1]
+
+
+def layer_order(c, loops):
+    """Layer numbers in the order in which they run: loop_start..loop_end `loops` times."""
+    layers = list(range(c.num_layers))
+    if loops > 1:
+        end = c.loop_end + 1
+        layers[end:end] = layers[c.loop_start:end] * (loops - 1)
+    return layers
+
+
+def windows(c):
+    """Keys that a query of each layer sees, itself included: S half a row, L all of it."""
+    pattern = (c.window_pattern or "L") * c.num_layers
+    sizes = {"S": max(1, c.seq_len // 2), "L": c.seq_len}
+    return [sizes[kind] for kind in pattern[:c.num_layers - 1]] + [c.seq_len]
+
+
+def norm(x):
+    """RMS norm without parameters."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """No bias; fp32 weights, cast to the dtype of the input."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self):
+        pass                    # GPT.init_weights does it
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding, rotate-half. x [B, T, H, Dh]; cos, sin [T, 1, Dh/2]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def attend(q, k, v, window, mask, path):
+    """Causal attention of q, k, v [B, T, H, Dh]; a query sees `window` keys, itself included.
+
+    mask: what the path needs beside the window (a block mask, a boolean [T, T], or None if the
+    window is the whole row).
+    """
+    if path == "fa3":
+        from flash_attn_interface import flash_attn_func
+        y = flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
+        return y[0] if isinstance(y, tuple) else y
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if path == "flex":
+        from torch.nn.attention.flex_attention import flex_attention
+        y = flex_attention(q, k, v, block_mask=mask)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    return y.transpose(1, 2)
+
+
+def make_mask(window, length, device, path):
+    """The mask that `attend` wants for rows of `length` tokens."""
+    if path == "fa3" or (path == "sdpa" and window >= length):
+        return None
+    if path == "flex":
+        from torch.nn.attention.flex_attention import create_block_mask
+        return create_block_mask(lambda b, h, q, k: (k <= q) & (q - k < window), None, None,
+                                 length, length, device=device)
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with QK-norm, gated value projections and a gate per head."""
+
+    def __init__(self, c, has_value_projection):
+        super().__init__()
+        self.heads, self.qk_norm = c.num_heads, c.qk_norm
+        self.q = Linear(c.model_dim, c.model_dim)
+        self.k = Linear(c.model_dim, c.model_dim)
+        self.v = Linear(c.model_dim, c.model_dim)
+        self.proj = Linear(c.model_dim, c.model_dim)
+        self.gate = Linear(GATE_CHANNELS, c.num_heads) if c.attn_gate else None
+        self.value_gate = Linear(VALUE_GATE_CHANNELS, c.num_heads) if has_value_projection else None
+
+    def forward(self, x, value, rope, window, mask, path):
+        B, T, D = x.shape
+        q, k, v = (layer(x).view(B, T, self.heads, -1) for layer in (self.q, self.k, self.v))
+        if self.value_gate is not None:  # the gate starts at 1 (slowrun #11: -0.027)
+            gate = 2 * torch.sigmoid(self.value_gate(x[..., :VALUE_GATE_CHANNELS]))
+            v = v + gate.unsqueeze(-1) * value.view(B, T, self.heads, -1)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if self.qk_norm:
+            q, k = norm(q), norm(k)
+        y = attend(q, k, v, window, mask, path)
+        if self.gate is not None:        # slowrun #21: -0.019
+            y = y * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS])).unsqueeze(-1)
+        return self.proj(y.reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """SwiGLU (slowrun: -0.014), or squared ReLU."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate = Linear(c.model_dim, c.mlp_dim) if c.swiglu else None
+        self.fc = Linear(c.model_dim, c.mlp_dim)
+        self.proj = Linear(c.mlp_dim, c.model_dim)
+
+    def forward(self, x):
+        h = self.fc(x)
+        return self.proj(F.relu(h).square() if self.gate is None else F.silu(self.gate(x)) * h)
+
+
+class Block(nn.Module):
+    def __init__(self, c, has_value_projection):
+        super().__init__()
+        self.attn, self.mlp = Attention(c, has_value_projection), MLP(c)
+        self.dropout = c.dropout
+
+    def forward(self, x, value, rope, window, mask, path):
+        y = self.attn(norm(x), value, rope, window, mask, path)
+        x = x + F.dropout(y, self.dropout, self.training)
+        return x + F.dropout(self.mlp(norm(x)), self.dropout, self.training)
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer. `forward` gives hidden states; head and loss are the caller's.
+
+    dtype: of activations and matrix products (weights are fp32). attention: "fa3", "flex", "sdpa".
+    """
+
+    def __init__(self, config, dtype=torch.float32, attention="sdpa"):
+        super().__init__()
+        c = self.config = config
+        self.dtype, self.attention = dtype, attention
+        self.wte = nn.Embedding(c.padded_vocab, c.model_dim)
+        valued = [i for i in range(c.num_layers)
+                  if c.value_projections and i % 2 == (c.num_layers - 1) % 2]
+        self.blocks = nn.ModuleList(Block(c, i in valued) for i in range(c.num_layers))
+        self.value_projs = nn.ModuleDict({str(i): Linear(c.model_dim, c.model_dim)
+                                          for i in valued})
+        self.head = Linear(c.model_dim, c.padded_vocab)
+        self.resid_lambdas = nn.Parameter(torch.empty(c.num_layers)) if c.resid_init else None
+        self.x0_lambdas = nn.Parameter(torch.empty(c.num_layers)) if c.x0_init else None
+        self.skip_lambdas = nn.Parameter(torch.empty(c.num_layers // 2)) if (
+            c.unet and c.num_layers > 1) else None
+        self.mtp_proj = Linear(2 * c.model_dim, c.model_dim) if c.mtp_weight else None
+        self.mtp_block = Block(c, False) if c.mtp_weight else None
+        self.windows, self.masks, self.rope = windows(c), {}, None
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Fill every parameter, by name, from `seed`; the same values on all ranks."""
+        c, random = self.config, torch.Generator(self.wte.weight.device).manual_seed(seed)
+        for name, p in self.named_parameters():
+            if re.search(r"attn\.(value_)?gate", name):
+                p.zero_()
+            elif name == "wte.weight":
+                p.normal_(0, 1, generator=random)
+            elif name == "head.weight":
+                p.normal_(0, 0.001, generator=random)
+            elif name.endswith("resid_lambdas"):
+                p.fill_(c.resid_init)
+            elif name.endswith("x0_lambdas"):
+                p.fill_(c.x0_init)
+            elif name.endswith("skip_lambdas"):
+                p.fill_(1)
+            elif name.endswith(".proj.weight"):  # normal: -0.007 over zero (slowrun #59)
+                p.normal_(0, c.model_dim ** -0.5 if c.proj_init == "normal" else 0,
+                          generator=random)
+            elif re.search(r"(\.[qkv]|\.gate|\.fc|value_projs\.\d+|mtp_proj)\.weight$", name):
+                bound = (3 / p.shape[1]) ** 0.5  # std 1/sqrt(fan_in)
+                p.uniform_(-bound, bound, generator=random)
+            else:
+                raise ValueError(f"no initialization for parameter {name}")
+        return self
+
+    def prepare(self, length):
+        """Masks and rotation tables for rows of `length`; call it outside of compiled code."""
+        c, device = self.config, self.wte.weight.device
+        if self.rope is None or len(self.rope[0]) != length:
+            half = c.model_dim // c.num_heads // 2
+            position = torch.arange(length, device=device, dtype=torch.float32)
+            angle = position[:, None] * c.rope_base ** (
+                -torch.arange(half, device=device) / half) if c.rope_base else None
+            self.rope = (angle.cos()[:, None].to(self.dtype), angle.sin()[:, None].to(self.dtype)
+                         ) if c.rope_base else (position,)
+            self.masks = {window: make_mask(window, length, device, self.attention)
+                          for window in {*self.windows, c.seq_len}}
+        return self
+
+    def run_block(self, block, x, value, window):
+        rope = self.rope if self.config.rope_base else None
+        return block(x, value, rope, window, self.masks[window], self.attention)
+
+    def forward(self, tokens, loops=1):
+        """int64 [B, T] -> normalized final hidden states [B, T, D]. `prepare(T)` comes first."""
+        c, skips = self.config, {}
+        half = c.num_layers // 2
+        x = x0 = norm(self.wte(tokens).to(self.dtype))
+        for i in layer_order(c, loops):
+            mirror = c.num_layers - 1 - i
+            if self.skip_lambdas is not None and i > mirror:     # U-Net (slowrun #17: -0.021)
+                x = x + self.skip_lambdas[half - 1 - mirror] * skips[mirror]
+            if self.resid_lambdas is not None:
+                x = self.resid_lambdas[i] * x
+            if self.x0_lambdas is not None:
+                x = x + self.x0_lambdas[i] * x0
+            value = self.value_projs[str(i)](x0) if str(i) in self.value_projs else None
+            x = self.run_block(self.blocks[i], x, value, self.windows[i])
+            if i < mirror:
+                skips[i] = x
+        return norm(x)
+
+    def mtp_hidden(self, hidden, next_tokens):
+        """Hidden states that predict the token after next (DeepSeek's MTP). [B, T, D]
+
+        hidden: what `forward` returned; next_tokens: int64 [B, T], the targets of `hidden`.
+        """
+        following = norm(self.wte(next_tokens).to(self.dtype))
+        x = self.mtp_proj(torch.cat((hidden, following), dim=-1))
+        return norm(self.run_block(self.mtp_block, x, None, self.config.seq_len))
+
+    def logits(self, hidden):
+        """[..., D] -> softcapped fp32 logits [..., vocab_size]; the padding is not among them."""
+        c = self.config
+        return capped_logits(hidden, self.head.weight.to(hidden.dtype), c.softcap)[
+            ..., :c.vocab_size]
+
+
+def flops_per_token(c, stage):
+    """Training FLOPs a token: 6 per matmul parameter and exact causal window attention.
+
+    A layer that is run k times counts k times; the MTP block and its use of the head count too.
+    """
+    def attention(window):      # 12 D keys; the mean number of keys over the row's positions
+        keys = (window * (window + 1) / 2 + (c.seq_len - window) * window) / c.seq_len
+        return 12 * c.model_dim * keys
+
+    with torch.device("meta"):
+        model = GPT(c)
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    head, total, spans = model.head.weight.numel(), 0, windows(c)
+    for i in layer_order(c, stage.loops):
+        value = size(model.value_projs[str(i)]) if str(i) in model.value_projs else 0
+        total += 6 * (size(model.blocks[i]) + value) + attention(spans[i])
+    if c.mtp_weight:
+        total += 6 * (size(model.mtp_block) + size(model.mtp_proj) + head) + attention(c.seq_len)
+    return total + 6 * head
+
+
+# ================================================================================================
+# Loss
+# ================================================================================================
+
+def widen(x):
+    """bf16 and fp16 to fp32; fp32 and fp64 as they are."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def capped_logits(hidden, weight, softcap):
+    """[N, D], [V, D] -> [N, V] in at least fp32: z, or c * tanh(z / c)."""
+    z = widen(hidden @ weight.T)
+    return softcap * torch.tanh(z / softcap) if softcap else z
+
+
+def loss_chunk(h, w, y, teacher_h, teacher_w, alpha, temperature, softcap, vocab):
+    """Loss and gradients of one chunk of tokens; at most two [n, V] logits live at once.
+
+    (1 - alpha) * CE + alpha * T^2 * KL(teacher || student), both at temperature T, of softcapped
+    logits. h [n, D], w [V, D], y int64 [n] (-1: not counted), teacher_* likewise or None.
+    Returns the sums of CE and KL and d(sum of the loss) / dh [n, D], / dw [V, D].
+    """
+    s = capped_logits(h, w, softcap)
+    slope = 1 - (s / softcap) ** 2 if softcap else 1.0
+    column = torch.arange(s.shape[1], device=s.device)
+    real = column < vocab                       # the padding never receives probability
+    s = torch.where(real, s, -torch.inf)
+    logp = torch.log_softmax(s, dim=1)
+    counted = (y >= 0).unsqueeze(1)
+    is_target = (column == y.unsqueeze(1))
+    ce = -torch.where(is_target, logp, 0).sum()
+    grad = (1 - alpha) * (logp.exp() - is_target.to(s.dtype))
+    kl = torch.zeros_like(ce)
+    if teacher_h is not None:
+        t = torch.where(real, capped_logits(teacher_h, teacher_w, softcap), -torch.inf)
+        teacher_logp = torch.log_softmax(t / temperature, dim=1)
+        student_logp = torch.log_softmax(s / temperature, dim=1)
+        q = teacher_logp.exp()
+        difference = torch.where(real, teacher_logp - student_logp, 0)
+        kl = torch.where(counted, q * difference, 0).sum()
+        grad = grad + alpha * temperature * (student_logp.exp() - q)
+    grad = torch.where(counted, grad * slope, 0).to(h.dtype)
+    return ce, kl, grad @ w, grad.T @ h
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Head, softcap, CE and KL over chunks of tokens, with the gradients made in the forward.
+
+    So no [tokens, vocabulary] tensor of the micro-batch ever exists; the idea is Liger Kernel's
+    fused linear cross-entropy. Returns (loss, ce, kl), sums over the counted tokens; only the loss
+    has a gradient, with respect to hidden [N, D] and weight [V, D].
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, teacher_hidden, teacher_weight, alpha, temperature,
+                softcap, vocab, chunk, chunk_function):
+        w = weight.to(hidden.dtype)
+        ce = kl = torch.zeros((), device=hidden.device, dtype=widen(hidden[:0]).dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight)
+        for part in torch.arange(len(hidden)).split(chunk):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            teacher = teacher_hidden[rows] if teacher_hidden is not None else None
+            chunk_ce, chunk_kl, grad_hidden[rows], grad_w = chunk_function(
+                hidden[rows], w, targets[rows], teacher, teacher_weight, alpha, temperature,
+                softcap, vocab)
+            ce, kl = ce + chunk_ce, kl + chunk_kl
+            grad_weight += grad_w
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(ce, kl)
+        return (1 - alpha) * ce + alpha * temperature ** 2 * kl, ce, kl
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss,
+                *[None] * 9)
+
+
+def target_logprobs(hidden, weight, targets, softcap, vocab):
+    """log p(target), fp32 [N]. hidden [N, D], weight [V, D], targets int64 [N] (-1 gives junk)."""
+    logp = torch.log_softmax(capped_logits(hidden, weight, softcap)[:, :vocab], dim=1)
+    return logp.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+
+
+# ================================================================================================
+# Optimizer
+# ================================================================================================
+
+# Coefficients of five steps of Polar Express (Amsel et al., arXiv 2505.16932) for singular values
+# in [1e-3, 1], as modded-nanogpt and slowrun use them.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def parameter_table(c):
+    """(pattern of names, optimizer, lr, weight decay, betas); each parameter matches just one."""
+    wd = c.weight_decay
+    return (
+        (r"(blocks\.\d+|mtp_block)\..*weight|(value_projs\.\d+|mtp_proj)\.weight",
+         "muon", c.matrix_lr, wd, None),
+        (r"wte\.weight", "adamw", c.embed_lr, wd, (0.8, 0.95)),
+        (r"head\.weight", "adamw", c.head_lr, wd, (0.8, 0.95)),
+        (r"x0_lambdas", "adamw", c.x0_lr, 0.0, (0.96, 0.95)),
+        (r"(resid|skip)_lambdas", "adamw", c.scalar_lr, 0.0, (0.8, 0.95)),
+    )
+
+
+def polar_express(x):
+    """Approximate polar factor U V^T of each matrix of x [n, rows, cols], in x's dtype."""
+    x = x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-6)
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+def muon_update(p, grad, m, v, lr, wd, momentum, beta2, row_norm, cautious, dtype):
+    """One step of Muon on the matrices p, grad [n, rows, cols], in place (p, m, v).
+
+    Nesterov momentum (m), unit rows (MuonEq-R, slowrun #71), Polar Express, NorMuon's second moment
+    by neuron (v; arXiv 2510.05491), cautious weight decay (arXiv 2510.12402).
+    """
+    m.lerp_(grad, 1 - momentum)
+    u = grad.lerp(m, momentum)
+    if row_norm:
+        u = u / u.norm(dim=2, keepdim=True).clamp(min=1e-7)
+    x = polar_express(u.to(dtype)).to(p.dtype)
+    if beta2:
+        v.lerp_(x.square().mean(dim=2 if x.shape[1] >= x.shape[2] else 1, keepdim=True), 1 - beta2)
+        scaled = x * v.clamp(min=1e-10).rsqrt()
+        x = scaled * (x.norm(dim=(1, 2), keepdim=True)
+                      / scaled.norm(dim=(1, 2), keepdim=True).clamp(min=1e-10))
+    decay = (x * p >= 0).to(p.dtype) * wd if cautious else wd
+    p -= lr * max(1, x.shape[1] / x.shape[2]) ** 0.5 * x + lr * decay * p
+
+
+def adamw_update(p, grad, m, v, step, lr, wd, beta1, beta2):
+    """One step of AdamW (decoupled decay first), in place (p, m, v); `step` counts from 1."""
+    p *= 1 - lr * wd
+    m.lerp_(grad, 1 - beta1)
+    v.lerp_(grad.square(), 1 - beta2)
+    p -= lr / (1 - beta1 ** step) * m / ((v / (1 - beta2 ** step)).sqrt() + 1e-10)
+
+
+class ParameterGroup:
+    """Parameters that are updated as one tensor, and this rank's share of their state.
+
+    Muon: equal shapes, stacked to [n, rows, cols]; a rank owns every matrix of one slice of n.
+    AdamW: one parameter; a rank owns a slice of its first dimension if that divides and it is
+    large, else all ranks do the same work on all of it.
+    """
+
+    def __init__(self, kind, params, lr, wd, betas, world):
+        self.kind, self.params, self.lr, self.wd, self.betas = kind, params, lr, wd, betas
+        p, self.length = params[0], len(params) if kind == "muon" else len(params[0])
+        self.sharded = kind == "muon" or (p.numel() >= 2 ** 16 and len(p) % world == 0)
+        self.share = -(-self.length // world) if self.sharded else self.length
+        shape = (self.share, *(p.shape if kind == "muon" else p.shape[1:]))
+        self.m, self.v = p.new_zeros(shape), p.new_zeros(shape)
+        if kind == "muon":          # NorMuon: one number a neuron
+            self.v = self.v.mean(dim=2 if p.shape[0] >= p.shape[1] else 1, keepdim=True)
+
+    def stacked(self, tensors, world):
+        """One tensor of `tensors`, padded with zeros so that it divides into equal shares."""
+        if self.kind == "adamw":
+            return tensors[0]
+        padding = world * self.share - self.length
+        return torch.stack([*tensors, *[torch.zeros_like(tensors[0])] * padding])
+
+
+class MuonAdamW:
+    """Muon for matrices, AdamW for the rest, sharded over the ranks (in nanochat's three phases).
+
+    Gradients must sum, not average, over ranks to the gradient of the whole batch. Phase 1 starts
+    the reductions of all groups, phase 2 updates each rank's share, phase 3 gathers the parameters.
+    ValueError if a parameter is in no group of the table, or in two.
+    """
+
+    def __init__(self, named_parameters, config, world=1, rank=0, dtype=torch.float32):
+        self.config, self.world, self.rank, self.dtype = config, world, rank, dtype
+        self.steps, members = 0, {}
+        for name, p in named_parameters:
+            rows = [row for row in parameter_table(config) if re.fullmatch(row[0], name)]
+            if len(rows) != 1:
+                raise ValueError(f"parameter {name} is in {len(rows)} groups of parameter_table")
+            key = (*rows[0][1:], p.shape if rows[0][1] == "muon" else name)
+            members.setdefault(key, []).append(p)
+        self.groups = [ParameterGroup(kind, params, lr, wd, betas, world)
+                       for (kind, lr, wd, betas, _), params in members.items()]
+
+    def reduce(self, group):
+        """This rank's share of the summed gradient, and the handle to wait for."""
+        whole = group.stacked([p.grad for p in group.params], self.world)
+        if self.world == 1:
+            return whole, None
+        if not group.sharded:
+            return whole, dist.all_reduce(whole, async_op=True)
+        share = whole.new_empty(group.share, *whole.shape[1:])
+        return share, reduce_scatter(share, whole, async_op=True)
+
+    def update(self, group, grad, lr, wd, momentum):
+        """Update this rank's share; returns it where other ranks need it."""
+        c, first = self.config, self.rank * group.share if group.sharded else 0
+        with torch.no_grad():
+            if group.kind == "adamw":
+                p = group.params[0].data[first:first + group.share]
+                adamw_update(p, grad, group.m, group.v, self.steps, lr, wd, *group.betas)
+                return p
+            own = group.params[first:first + group.share]
+            if not own:                 # more ranks than matrices: this one only helps to gather
+                return torch.zeros_like(grad)
+            p, n = torch.stack([q.data for q in own]), len(own)
+            muon_update(p, grad[:n], group.m[:n], group.v[:n], lr, wd, momentum, c.normuon_beta2,
+                        c.muon_eq, c.cautious, self.dtype)
+            for q, updated in zip(own, p):
+                q.data.copy_(updated)
+            return torch.cat((p, p.new_zeros(group.share - n, *p.shape[1:])))
+
+    def step(self, lr_multiplier=1.0, wd_multiplier=1.0, momentum=None):
+        """One update from the parameters' .grad, which it clears."""
+        self.steps += 1
+        momentum = self.config.momentum if momentum is None else momentum
+        reductions, gathers = [self.reduce(group) for group in self.groups], []
+        for group, (grad, handle) in zip(self.groups, reductions):
+            if handle is not None:
+                handle.wait()
+            share = self.update(group, grad, group.lr * lr_multiplier, group.wd * wd_multiplier,
+                                momentum)
+            if self.world > 1 and group.sharded:
+                whole = share.new_empty(self.world * group.share, *share.shape[1:])
+                gathers.append((group, whole, all_gather(whole, share, async_op=True)))
+        for group, whole, handle in gathers:
+            handle.wait()
+            for p, updated in zip(group.params, [whole] if group.kind == "adamw" else whole):
+                p.data.copy_(updated)
+        for group in self.groups:
+            for p in group.params:
+                p.grad = None
+
+
+# ================================================================================================
+# Schedules: pure functions of progress, the fraction of a member's steps already done
+# ================================================================================================
+
+def lr_multiplier(c, progress):
+    """Linear warmup, flat, then ((1 - progress) / warmdown) ** power down to the floor."""
+    if progress < c.lr_warmup:
+        return progress / c.lr_warmup
+    left = min(1.0, (1 - progress) / c.lr_warmdown) if c.lr_warmdown else 1.0
+    return c.lr_floor + (1 - c.lr_floor) * left ** c.lr_power
+
+
+def piecewise_linear(schedule, progress):
+    """Value at `progress` of "progress:value,progress:value,...", constant beyond its ends."""
+    try:
+        points = sorted(tuple(map(float, point.split(":"))) for point in schedule.split(","))
+        x, y = zip(*points)
+    except ValueError:
+        raise UserError(f"--wd_schedule={schedule}: must read like 0:1,0.5:0.1,1:0.9") from None
+    return float(np.interp(progress, x, y))
+
+
+def momentum_at(c, step):
+    """Muon's momentum rises linearly over the first momentum_steps steps."""
+    done = min(1.0, step / c.momentum_steps) if c.momentum_steps else 1.0
+    return c.momentum_start + (c.momentum - c.momentum_start) * done
+
+
+# ================================================================================================
+# Evaluation and ensemble
+# ================================================================================================
+
+def mean_loss(logp):
+    """Nats per token of log p(target) [n], summed in fp64."""
+    return -float(np.mean(logp, dtype=np.float64))
+
+
+def mixture_logp(logps, weights=None):
+    """log p(target) of a mixture of models: [k, n] and weights [k] (None: equal) -> fp64 [n].
+
+    A target's probability under a mixture is the mixture of its probabilities, so one float a token
+    and member is all that an ensemble's loss takes.
+    """
+    logps = np.asarray(logps, dtype=np.float64)
+    weights = np.full(len(logps), 1 / len(logps)) if weights is None else np.asarray(weights)
+    top = logps.max(axis=0)
+    return top + np.log(weights @ np.exp(logps - top))
+
+
+def fit_mixture(logps, iterations=300):
+    """Weights [k] of the mixture that makes the targets of logps [k, n] most probable.
+
+    The log likelihood is concave in the weights, and expectation maximization climbs to its top
+    without a learning rate (slowrun #90 descends on the weights' logits instead).
+    """
+    p = np.exp(np.asarray(logps, dtype=np.float64) - np.max(logps, axis=0))
+    weights = np.full(len(p), 1 / len(p))
+    for _ in range(iterations):
+        weights = np.mean(weights[:, None] * p / (weights @ p), axis=1)
+    return weights
+
+
+def ensemble_curve(members, c):
+    """One dict for each n: the mixtures of the first n members that the ensemble may hold.
+
+    members: a list of {split: log p(target)} in the order of training.
+    """
+    kept, curve = members[0 if c.include_first else 1:], []
+    for n in range(1, len(kept) + 1):
+        stack = {split: np.stack([m[split] for m in kept[:n]]) for split in kept[0]}
+        point = {"n": n, "val_loss": mean_loss(mixture_logp(stack["val"])),
+                 "holdout_loss": mean_loss(mixture_logp(stack["holdout"]))}
+        if "selection" in stack:
+            weights = fit_mixture(stack["selection"])
+            point.update(
+                selection_loss=mean_loss(mixture_logp(stack["selection"])),
+                val_loss_learned=mean_loss(mixture_logp(stack["val"], weights)),
+                holdout_loss_learned=mean_loss(mixture_logp(stack["holdout"], weights)),
+                weights=[round(float(w), 4) for w in weights])
+        curve.append(point)
+    return curve
+
+
+def equivalent_tokens(loss, curve):
+    """(tokens, sign): tokens D at which a baseline curve [[D, loss], ...] reaches `loss`.
+
+    D is piecewise linear in the loss. Beyond the measured range nothing is extrapolated: the sign
+    is then ">" or "<" and D the end of the range. Points that are no better than a smaller D are
+    left out.
+    """
+    points = []
+    for tokens, value in sorted(curve):
+        if not points or value < points[-1][1]:
+            points.append((tokens, value))
+    tokens, losses = zip(*points)
+    sign = "<" if loss > losses[0] else ">" if loss < losses[-1] else ""
+    return float(np.interp(-loss, [-value for value in losses], tokens)), sign
+
+
+def data_efficiency(loss, baseline, train_tokens):
+    """{one_epoch, tuned}: multiples of train_tokens, numbers or strings such as "> 12.4"."""
+    result = {}
+    for kind in ("one_epoch", "tuned"):
+        if curve := (baseline or {}).get(kind):
+            tokens, sign = equivalent_tokens(loss, curve)
+            multiple = round(tokens / train_tokens, 2)
+            result[kind] = f"{sign} {multiple}" if sign else multiple
+        else:
+            result[kind] = "n/a"
+    return result
+
+
+# ================================================================================================
+# One member
+# ================================================================================================
+
+class Trainer:
+    """The models, compiled functions and clocks that all members of a run share.
+
+    There is one student and one teacher, into which weights are copied, so that nothing is
+    compiled again for another member.
+    """
+
+    def __init__(self, c, rt, log, data):
+        self.c, self.rt, self.log, self.data = c, rt, log, data
+        self.model = self.new_model()
+        self.teacher = self.new_model().requires_grad_(False).eval() if c.kd_alpha else None
+        fast = (lambda f: torch.compile(f, dynamic=False)) if rt.compile else (lambda f: f)
+        self.forward, self.mtp_hidden = fast(GPT.forward), fast(GPT.mtp_hidden)
+        self.chunk_function, self.logprobs = fast(loss_chunk), fast(target_logprobs)
+        self.seen, self.compile_seconds, self.eval_seconds = set(), 0.0, 0.0
+        self.start = time.perf_counter()
+
+    def new_model(self):
+        with self.rt.device:
+            return GPT(self.c, self.rt.dtype, self.rt.attention).prepare(self.c.seq_len)
+
+    @contextlib.contextmanager
+    def first_time(self, *key):
+        """Clocks what runs under a new key as compilation; yields whether the key is new."""
+        new = key not in self.seen
+        if new:
+            self.seen.add(key)
+            self.rt.synchronize()
+            start = time.perf_counter()
+        yield new
+        if new:
+            self.rt.synchronize()
+            self.compile_seconds += time.perf_counter() - start
+
+    def gradients(self, inputs, targets, loops, distill):
+        """Backward passes of this rank's rows of the batch; returns the sums [ce, kl].
+
+        The loss is divided by the targets of the whole batch, so gradients add up over ranks.
+        """
+        c, rt, model = self.c, self.rt, self.model
+        mine = slice(rt.rank, None, rt.world)
+        counts = int((targets >= 0).sum()), max(1, int((targets[:, 1:] >= 0).sum()))
+        alpha, sums = c.kd_alpha if distill else 0.0, torch.zeros(2, device=rt.device)
+        micro = min(c.device_batch_size, c.batch_rows // rt.world)
+        for x, y in zip(inputs[mine].split(micro), targets[mine].split(micro)):
+            x, y = x.to(rt.device), y.to(rt.device)
+            hidden, teacher = self.forward(model, x, loops), (None, None)
+            if distill:
+                with torch.no_grad():
+                    teacher = (self.forward(self.teacher, x, stages(c)[-1].loops).flatten(0, 1),
+                               self.teacher.head.weight.to(rt.dtype))
+            loss, ce, kl = ChunkedLoss.apply(
+                hidden.flatten(0, 1), model.head.weight, y.flatten(), *teacher, alpha,
+                c.kd_temperature, c.softcap, c.vocab_size, c.loss_chunk, self.chunk_function)
+            loss = loss / counts[0]
+            if c.mtp_weight:        # slowrun #65; targets do not cross the row's end
+                after_next = F.pad(y[:, 1:], (0, 1), value=-1)
+                ahead = self.mtp_hidden(model, hidden, y.clamp(min=0))
+                loss_ahead, _, _ = ChunkedLoss.apply(
+                    ahead.flatten(0, 1), model.head.weight, after_next.flatten(), None, None, 0.0,
+                    1.0, c.softcap, c.vocab_size, c.loss_chunk, self.chunk_function)
+                loss = loss + (1 - alpha) * c.mtp_weight * loss_ahead / counts[1]
+            loss.backward()
+            sums += torch.stack((ce, kl)).detach() / counts[0]
+        return sums
+
+    def train_member(self, k, teacher_weights=None):
+        """Train member k (from 1) from scratch, with a teacher if its weights are given.
+
+        Returns {"train_seconds", "tokens_per_second", "mfu", "train_loss"}; the weights are in
+        self.model.
+        """
+        c, rt, distill = self.c, self.rt, teacher_weights is not None and bool(self.c.kd_alpha)
+        member_seed = 1000 * c.seed + k
+        self.model.init_weights(member_seed).train()
+        torch.manual_seed(7919 * member_seed + rt.rank)        # dropout differs between ranks
+        if distill:
+            self.teacher.load_state_dict(teacher_weights)
+        rows = Rows(self.data.train, c.seq_len, c.batch_rows, c.epochs_of(k), member_seed,
+                    self.data.bos)
+        optimizer = MuonAdamW(self.model.named_parameters(), c, rt.world, rt.rank, rt.dtype)
+        meter = Meter(self, k, rows, distill)
+        for step in range(rows.num_steps):
+            progress, loops = step / rows.num_steps, stage_at(c, rows.epoch_of(step)).loops
+            inputs, targets = rows.step(step)
+            with self.first_time("step", loops, distill) as new:
+                sums = self.gradients(inputs, targets, loops, distill)
+                optimizer.step(lr_multiplier(c, progress), piecewise_linear(c.wd_schedule, progress),
+                               momentum_at(c, step))
+            meter.update(step, sums, loops, new)
+        return meter.finish()
+
+    @torch.no_grad()
+    def score(self, documents):
+        """log p(target) of all tokens but the first of `documents`, laid end to end: fp32 [n - 1].
+
+        Rows overlap by one token, so that each is scored exactly once, and are shared out evenly;
+        the answer does not depend on the number of ranks or on the micro-batch.
+        """
+        c, rt, start = self.c, self.rt, time.perf_counter()
+        self.model.eval()
+        tokens, size = np.concatenate(documents).astype(np.int64), c.device_batch_size
+        count = -(-(len(tokens) - 1) // c.seq_len)
+        share = -(-count // (rt.world * size)) * size           # rows of each rank
+        padded = np.full(rt.world * share * c.seq_len + 1, self.data.bos)
+        padded[:len(tokens)] = tokens
+        inputs = torch.from_numpy(padded[:-1]).view(-1, c.seq_len)
+        targets = torch.from_numpy(padded[1:]).view(-1, c.seq_len)
+        weight, parts = self.model.head.weight.to(rt.dtype), []
+        for row in range(rt.rank * share, (rt.rank + 1) * share, size):
+            x, y = (t[row:row + size].to(rt.device) for t in (inputs, targets))
+            with self.first_time("score"):
+                hidden = self.forward(self.model, x, stages(c)[-1].loops).flatten(0, 1)
+                for h, t in zip(hidden.split(c.loss_chunk), y.flatten().split(c.loss_chunk)):
+                    parts.append(self.logprobs(h, weight, t, c.softcap, c.vocab_size))
+        logp = rt.gather(torch.cat(parts)).cpu().numpy().astype(np.float32)[:len(tokens) - 1]
+        self.eval_seconds += time.perf_counter() - start
+        return logp
+
+
+class Meter:
+    """Clock, progress line and metrics of one member's training."""
+
+    def __init__(self, trainer, k, rows, distill):
+        self.trainer, self.k, self.rows, self.distill = trainer, k, rows, distill
+        self.flops, self.steps, self.recent = 0.0, 0, []
+        self.start, self.compiled = time.perf_counter(), trainer.compile_seconds
+        c, units = trainer.c, 1 + distill / 3     # a teacher's forward is a third of a CE step
+        self.flops_of = {s.loops: flops_per_token(c, s) * units for s in stages(c)}
+        self.loss = float("nan")
+
+    def seconds(self):
+        """Since the start, without compilation."""
+        compiled = self.trainer.compile_seconds - self.compiled
+        return max(1e-9, time.perf_counter() - self.start - compiled)
+
+    def rates(self):
+        """Tokens a second and MFU (None if the device's peak is unknown), over all devices."""
+        rt, c = self.trainer.rt, self.trainer.c
+        per_second, peak = 1 / self.seconds(), peak_flops(rt.device)
+        mfu = self.flops * per_second / (peak * rt.world) if peak else None
+        return self.steps * c.batch_rows * c.seq_len * per_second, mfu
+
+    def update(self, step, sums, loops, new):
+        """After each step; reads the losses (which waits for the device) every log_steps steps."""
+        c, rt, log, rows = self.trainer.c, self.trainer.rt, self.trainer.log, self.rows
+        self.recent.append(sums)
+        if not new:
+            self.steps += 1
+            self.flops += self.flops_of[loops] * c.batch_rows * c.seq_len
+        last = step + 1 == rows.num_steps
+        if (step + 1) % c.log_steps and not last:
+            return
+        ce, kl = rt.sum(torch.stack(self.recent).mean(dim=0)).tolist()
+        self.recent, self.loss = [], ce
+        if not math.isfinite(ce):
+            raise UserError(f"member {self.k}, step {step}: the loss is {ce}; lower --matrix_lr,"
+                            " --embed_lr or --head_lr")
+        speed, mfu = self.rates()
+        epoch = min(rows.epoch_of(step + 1), c.epochs_of(self.k))
+        log.metrics(member=self.k, step=step + 1, epoch=round(epoch, 3), train_loss=ce, kl=kl,
+                    lr_mult=lr_multiplier(c, step / rows.num_steps), tokens_per_second=speed,
+                    seconds=time.perf_counter() - self.trainer.start)
+        a_step = self.seconds() / max(1, self.steps)
+        left = (rows.num_steps - step - 1) * a_step
+        growth = 4 / 3 if self.k == 1 and c.kd_alpha else 1    # later members pay for a teacher
+        later = sum(c.epochs_of(j) for j in range(self.k + 1, c.num_models + 1))
+        run_left = left + later / c.epochs_of(self.k) * rows.num_steps * a_step * growth
+        log.progress(
+            f"member {self.k}/{c.num_models}  step {step + 1}/{rows.num_steps}"
+            f"  epoch {epoch:.1f}/{c.epochs_of(self.k)}  loss {ce:.3f}"
+            + (f"  kl {kl:.3f}" if self.distill else "") + f"  {speed:,.0f} tok/s"
+            f"  MFU {f'{mfu:.1%}' if mfu else 'n/a'}  left {minutes(left)}, run {minutes(run_left)}",
+            always=last)
+
+    def finish(self):
+        self.trainer.rt.synchronize()
+        speed, mfu = self.rates()
+        return {"train_seconds": round(self.seconds(), 3), "tokens_per_second": round(speed, 1),
+                "mfu": mfu and round(mfu, 4), "train_loss": self.loss}
+
+
+def minutes(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+# ================================================================================================
+# The run
+# ================================================================================================
+
+def prepare_run(c, rt):
+    """Refuse what cannot be cut among the processes; return the run's folder, not yet made."""
+    if c.batch_rows % rt.world:
+        raise UserError(f"--batch_rows={c.batch_rows} is not divisible by {rt.world} processes;"
+                        f" the nearest that is: {nearest_multiple(c.batch_rows, rt.world)}")
+    rows = c.batch_rows // rt.world
+    micro = min(c.device_batch_size, rows)
+    if rows % micro:
+        raise UserError(
+            f"--batch_rows={c.batch_rows} is not divisible by {rt.world} processes x --device_batch"
+            f"_size={micro}; the nearest that is: {nearest_multiple(c.batch_rows, rt.world * micro)}")
+    name = c.run_id or f"{c.track}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    folder = ROOT / c.runs_dir / name
+    taken = (folder / "log.txt").exists()
+    rt.barrier()                # rank 0 makes the folder only after all have looked
+    if taken:
+        raise UserError(f"{folder} has a run already; choose another --run_id")
+    return folder
+
+
+def nearest_multiple(number, factor):
+    return max(factor, round(number / factor) * factor)
+
+
+def write_header(c, rt, log, data, overrides):
+    """What reproduces the run: source, versions, hardware, data and settings."""
+    log.file(Path(__file__).read_text(encoding="utf-8"))
+    log.file("=" * 100)
+    facts = dict(commit=git_commit(), python=platform.python_version(), torch=torch.__version__,
+                 numpy=np.__version__, hardware=hardware_name(rt.device), processes=rt.world,
+                 device=str(rt.device), dtype=str(rt.dtype), attention=rt.attention,
+                 compile=rt.compile, data_sha256=data.hashes, overrides=overrides,
+                 config=dataclasses.asdict(c))
+    for key, value in facts.items():
+        log.file(f"{key}:{json.dumps(value)}")
+
+
+def describe(c, rt, log, data, model, folder):
+    """Tell what is about to run, and why it takes what it takes."""
+    rows = Rows(data.train, c.seq_len, c.batch_rows, c.num_epochs, 0, data.bos)
+    size = sum(p.numel() for p in model.parameters())
+    blocks = sum(p.numel() for p in model.blocks.parameters())
+    flops = "  then ".join(f"{flops_per_token(c, s):.4g}" for s in stages(c))
+    micro = min(c.device_batch_size, c.batch_rows // rt.world)
+    lines = (
+        f"track     {c.track}: {c.num_models} model(s) x {c.num_epochs} epochs"
+        + (f", each distilled from the one before (alpha {c.kd_alpha:g}, T {c.kd_temperature:g})"
+           if c.kd_alpha and c.num_models > 1 else ""),
+        f"data      {c.dataset}: {rows.tokens:,} tokens an epoch in {len(data.train)} documents,"
+        f" {sum(map(len, data.selection)):,} for selection; val {sum(map(len, data.val)):,},"
+        f" holdout {sum(map(len, data.holdout)):,}",
+        f"model     {size / 1e6:.4g}M parameters, {blocks / 1e6:.4g}M in {c.num_layers} blocks of"
+        f" width {c.model_dim}; {flops} FLOPs a token",
+        f"steps     {rows.num_steps:,} a member: {c.batch_rows} rows x {c.seq_len} tokens ="
+        f" {c.batch_rows * c.seq_len:,} a step, in {c.batch_rows // rt.world // micro} micro-batch"
+        f"(es) of {micro} on {rt.world} process(es)",
+        f"machine   {hardware_name(rt.device)}; torch {torch.__version__}, {rt.device.type},"
+        f" {str(rt.dtype).removeprefix('torch.')}, attention {rt.attention}, compile"
+        f" {'on' if rt.compile else 'off'}",
+        f"folder    {folder}")
+    for line in (*lines, *data.notes, *rt.notes):
+        log.say(line)
+    log.say()
+
+
+def save_tensors(tensors, path):
+    """Write beside, then rename, so that a file with the final name is whole."""
+    beside = path.with_suffix(".tmp")
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside)
+    os.replace(beside, path)
+
+
+def run(c, overrides):
+    """Train the members, write the run's folder, print the table; returns the result (a dict)."""
+    start, rt = time.perf_counter(), start_runtime(c)
+    data = load_dataset(c)
+    folder = prepare_run(c, rt)
+    log = Log(folder, rt.rank == 0, c.log_seconds)
+    write_header(c, rt, log, data, overrides)
+    trainer = Trainer(c, rt, log, data)
+    describe(c, rt, log, data, trainer.model, folder)
+    splits = {"selection": data.selection, "val": data.val, "holdout": data.holdout}
+    scores, members, teacher = [], [], None
+    for k in range(1, c.num_models + 1):
+        facts = trainer.train_member(k, teacher)
+        teacher = {name: p.detach().cpu().clone() for name, p in trainer.model.state_dict().items()}
+        if rt.rank == 0:
+            save_tensors(teacher, folder / "members" / f"{k:03d}.safetensors")
+        scores.append({s: trainer.score(d) for s, d in splits.items() if d})
+        losses = {f"{split}_loss": mean_loss(logp) for split, logp in scores[-1].items()}
+        members.append({**losses, **facts})
+        if rt.rank == 0:
+            save_tensors({s: torch.from_numpy(logp) for s, logp in scores[-1].items()},
+                         folder / "members" / f"{k:03d}.logp.safetensors")
+        curve = ensemble_curve(scores, c)
+        ensemble = curve[-1] if curve else {"val_loss": float("nan"), "n": 0}
+        log.metrics(member=k, val_loss=losses["val_loss"], train_loss=facts["train_loss"],
+                    ensemble_val_loss=ensemble["val_loss"])
+        log.say(f"member {k}/{c.num_models} done: val loss {losses['val_loss']:.4f}, ensemble of"
+                f" {ensemble['n']}: {ensemble['val_loss']:.4f}  ({minutes(facts['train_seconds'])})")
+    result = summarize(c, rt, data, trainer, members, curve, overrides, start)
+    log.say()
+    for line in table(c, result, folder):
+        log.say(line)
+    if rt.rank == 0:
+        plot_progress(folder, members, curve)
+        show_sample(c, rt, log, data, folder, members)
+        write_json(folder / "result.json", result)
+    log.file("RESULT " + json.dumps(result))
+    rt.barrier()
+    return result
+
+
+def write_json(path, value):
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def summarize(c, rt, data, trainer, members, curve, overrides, start):
+    """The dict that becomes result.json. Its val_loss is the declared number of the run."""
+    suffix = "_learned" if c.final_mixture == "learned" else ""
+    final, per_token = curve[-1], data.bytes_per_token.get("val")
+    val_loss, baseline = final["val_loss" + suffix], data.meta.get("baseline")
+    train_seconds = sum(m["train_seconds"] for m in members)
+    memory = torch.tensor([float(peak_memory(rt.device) or 0)], device=rt.device)
+    mfus = [m["mfu"] for m in members if m["mfu"]]
+    return {
+        "track": c.track, "overrides": overrides, "seed": c.seed,
+        "val_loss": val_loss, "holdout_loss": final["holdout_loss" + suffix],
+        "val_bpb": per_token and val_loss / math.log(2) / per_token,
+        "final_mixture": c.final_mixture, "members": members, "ensemble": curve,
+        "data_efficiency": {**data_efficiency(val_loss, baseline, c.train_tokens),
+                            "curve": baseline},
+        "train_tokens": c.train_tokens, "train_seconds": round(train_seconds, 3),
+        "wall_seconds": round(time.perf_counter() - start, 3),
+        "compile_seconds": round(trainer.compile_seconds, 3),
+        "eval_seconds": round(trainer.eval_seconds, 3),
+        "tokens_per_second": round(sum(m["tokens_per_second"] * m["train_seconds"]
+                                       for m in members) / train_seconds, 1),
+        "mfu": round(sum(mfus) / len(mfus), 4) if mfus else None,
+        "peak_memory_bytes": int(rt.gather(memory).max()),
+        "hardware": hardware_name(rt.device), "processes": rt.world, "torch": torch.__version__,
+        "commit": git_commit(), "data_sha256": data.hashes, "config": dataclasses.asdict(c)}
+
+
+def table(c, result, folder):
+    """The final table, as lines."""
+    lines = [" n    member  ensemble   learned   holdout" if c.selection_tokens else
+             " n    member  ensemble             holdout"]
+    members = result["members"]
+    if not c.include_first:
+        lines.append(f" -  {members[0]['val_loss']:8.4f}   (left out: trained without a teacher)")
+    for point in result["ensemble"]:
+        single = members[point["n"] - c.include_first]["val_loss"]
+        learned = f"{point['val_loss_learned']:8.4f}" if "val_loss_learned" in point else " " * 8
+        lines.append(f"{point['n']:2d}  {single:8.4f}  {point['val_loss']:8.4f}  {learned}"
+                     f"  {point['holdout_loss']:8.4f}")
+    bpb, eff = result["val_bpb"], result["data_efficiency"]
+    memory, mfu = result["peak_memory_bytes"], result["mfu"]
+    kinds = [f"{eff[kind]}{'' if eff[kind] == 'n/a' else 'x'} against the {name} baseline"
+             for kind, name in (("one_epoch", "one-epoch"), ("tuned", "tuned"))]
+    return lines + [
+        "",
+        f"result           val loss {result['val_loss']:.4f} ({c.final_mixture} mixture), "
+        f"{f'{bpb:.4f}' if bpb else 'n/a'} bits per byte, holdout {result['holdout_loss']:.4f}",
+        f"data efficiency  {', '.join(kinds)}",
+        f"time             {minutes(result['train_seconds'])} training,"
+        f" {minutes(result['compile_seconds'])} compiling, {minutes(result['eval_seconds'])}"
+        f" evaluating, {minutes(result['wall_seconds'])} in all",
+        f"speed            {result['tokens_per_second']:,.0f} tokens/s, MFU"
+        f" {f'{mfu:.1%}' if mfu else 'n/a'}, peak memory {memory / 2 ** 20:,.0f} MiB",
+        f"folder           {folder}"]
+
+
+def plot_progress(folder, members, curve):
+    """progress.png: loss by number of members, if matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(figsize=(6, 4))
+    axes.plot(range(1, len(members) + 1), [m["val_loss"] for m in members], "o-", label="member")
+    shift = len(members) - len(curve)
+    axes.plot([p["n"] + shift for p in curve], [p["val_loss"] for p in curve], "s-",
+              label="ensemble")
+    axes.set(xlabel="members trained", ylabel="val loss (nats per token)")
+    axes.legend()
+    figure.savefig(folder / "progress.png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+# ================================================================================================
+# Commands beyond training
+# ================================================================================================
+
+def load_encoding(c, meta):
+    """tiktoken.Encoding of the dataset, from its own ranks or GPT-2's. OSError if out of reach."""
+    import tiktoken
+    from tiktoken.load import load_tiktoken_bpe
+    if "ranks" not in meta:
+        return tiktoken.get_encoding("gpt2")
+    path = ROOT / c.dataset / meta["ranks"]
+    return tiktoken.Encoding(
+        meta["tokenizer"], pat_str=meta["pattern"],
+        mergeable_ranks=load_tiktoken_bpe(str(path), meta.get("ranks_sha256")),
+        special_tokens={meta.get("bos_text", "<|endoftext|>"): meta["bos_id"]})
+
+
+@torch.no_grad()
+def generate(model, tokens, count, temperature=0.8, seed=1):
+    """Continue the list `tokens` by `count` tokens, drawn at `temperature`; stops at BOS."""
+    c, device, bos = model.config, model.wte.weight.device, tokens[0]
+    random, loops = torch.Generator().manual_seed(seed), stages(model.config)[-1].loops
+    for _ in range(count):
+        context = torch.tensor([tokens[-c.seq_len:]], device=device)
+        hidden = model.prepare(context.shape[1])(context, loops)[:, -1]
+        p = torch.softmax(model.logits(hidden)[0].double().cpu() / temperature, dim=0)
+        tokens = tokens + [int(torch.multinomial(p, 1, generator=random))]
+        if tokens[-1] == bos:
+            break
+    return tokens
+
+
+def show_sample(c, rt, log, data, folder, members, prompt="", count=120):
+    """A few lines of text from the member that is best on selection (on train without one)."""
+    try:
+        encoding = load_encoding(c, data.meta)
+    except Exception as error:  # a missing package, file or network: the run is done all the same
+        return log.say(f"no sample: the tokenizer cannot be loaded ({type(error).__name__})")
+    key = "selection_loss" if data.selection else "train_loss"
+    best = min(range(len(members)), key=lambda i: members[i][key]) + 1
+    with rt.device:
+        model = GPT(c, rt.dtype, rt.attention).eval()
+    model.load_state_dict(load_file(folder / "members" / f"{best:03d}.safetensors"))
+    tokens = generate(model, [data.bos, *encoding.encode_ordinary(prompt)], count)
+    text = encoding.decode(tokens[1:]).split(encoding.decode([data.bos]))[0]
+    log.say(f"\nMember {best} writes (temperature 0.8):\n")
+    for paragraph in text.splitlines():
+        log.say("\n".join(textwrap.wrap(paragraph, 96, initial_indent="  ",
+                                        subsequent_indent="  ")))
+
+
+def sample(c, prompt):
+    """Print text of the best member of the finished run `c.run_id`."""
+    folder = ROOT / c.runs_dir / c.run_id
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{folder}: no finished run there; name one with --run_id=") from None
+    c = Config(**{**result["config"], "runs_dir": c.runs_dir, "run_id": c.run_id})
+    rt = start_runtime(c)
+    show_sample(c, rt, Log(folder, False, 0), load_dataset(c), folder, result["members"], prompt)
+
+
+# What `baseline` tries at each budget: (a) one epoch with the first weight decay; (b) ever more
+# epochs, each with all weight decays, until selection gets worse.
+BASELINE_MULTIPLES = (1, 2, 4, 8, 12, 16, 24)
+BASELINE_EPOCHS = (1, 2, 4, 8, 16)
+BASELINE_WEIGHT_DECAYS = (0.1, 1.0)
+
+
+def baseline(c, overrides):
+    """Measure the losses of plain single models by number of tokens, and store both curves.
+
+    Plain: the track's model and optimizer without teacher, dropout and the track's weight decay.
+    Runs already in runs/baseline_<track>/runs.jsonl are not repeated.
+    """
+    start, rt = time.perf_counter(), start_runtime(c)
+    plain = replace(c, num_models=1, kd_alpha=0.0, first_epochs=0, dropout=0.0)
+    folder, trainer, done = ROOT / c.runs_dir / f"baseline_{c.track}", None, {}
+    log = Log(folder, rt.rank == 0, c.log_seconds)
+    if (folder / "runs.jsonl").exists():
+        for line in (folder / "runs.jsonl").read_text().splitlines():
+            facts = json.loads(line)
+            done[facts["tokens"], facts["epochs"], facts["weight_decay"]] = facts
+    available = sum((path.stat().st_size - 4 * HEADER_INTS) // 2
+                    for path in (ROOT / c.dataset).glob("*_train_*.bin"))
+
+    def measure(tokens, epochs, wd):
+        nonlocal trainer
+        if (tokens, epochs, wd) in done:
+            return done[tokens, epochs, wd]
+        setting = replace(plain, train_tokens=tokens, num_epochs=epochs, weight_decay=wd)
+        data = load_dataset(setting)
+        trainer = trainer or Trainer(setting, rt, log, data)
+        trainer.c, trainer.data = setting, data
+        trainer.train_member(1)
+        facts = dict(tokens=tokens, epochs=epochs, weight_decay=wd)
+        for split in ("selection", "val"):
+            facts[split] = round(mean_loss(trainer.score(getattr(data, split))), 4)
+        log.say(" ".join(f"{k}:{v}" for k, v in facts.items()))
+        if rt.rank == 0:
+            with open(folder / "runs.jsonl", "a", encoding="utf-8") as file:
+                print(json.dumps(facts), file=file)
+        return facts
+
+    one_epoch, tuned, chosen = [], [], []
+    for tokens in (m * c.train_tokens for m in BASELINE_MULTIPLES):
+        if tokens > available:
+            break
+        best = None
+        for epochs in BASELINE_EPOCHS:
+            runs = [measure(tokens, epochs, wd) for wd in BASELINE_WEIGHT_DECAYS]
+            if epochs == 1:
+                one_epoch.append([tokens, runs[0]["val"]])
+            here = min(runs, key=lambda facts: facts["selection"])
+            if best and here["selection"] > best["selection"]:
+                break
+            best = here
+        tuned.append([tokens, best["val"]])
+        chosen.append(best)
+    meta = json.loads((ROOT / c.dataset / "meta.json").read_text(encoding="utf-8"))
+    meta["baseline"] = {
+        "one_epoch": one_epoch, "tuned": tuned, "tuned_settings": chosen,
+        "source": f"train_gpt.py baseline --track={c.track} "
+                  + " ".join(f"--{k}={v}" for k, v in overrides.items()),
+        "hardware": hardware_name(rt.device), "seconds": round(time.perf_counter() - start)}
+    if rt.rank == 0:
+        write_json(ROOT / c.dataset / "meta.json", meta)
+    log.say(f"one epoch {one_epoch}\ntuned     {tuned}\nstored in {c.dataset}/meta.json")
+
+
+def check(c):
+    """Validate settings, data and processes; print one line."""
+    data = load_dataset(c)
+    print(f"track {c.track}: settings and dataset {c.dataset} are sound"
+          f" ({sum(map(len, data.train)):,} training tokens)")
+
+
+COMMANDS = ("train", "baseline", "sample", "check")
+
+
+def main(argv=None):
+    """Run a command; returns the exit code: 0, or 2 for what a person can mend."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
+    if "--help" in argv or "-h" in argv or command == "help":
+        print(help_text())
+        return 0
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"unknown command {command!r}; {nearest(command, COMMANDS)}")
+        prompt = ""
+        if command == "sample":
+            prompt = "".join(a.partition("=")[2] for a in argv if a.startswith("--prompt="))
+            argv = [a for a in argv if not a.startswith("--prompt=")]
+        track, overrides = parse_arguments(argv)
+        c = make_config(track, **overrides)
+        if command == "train":
+            run(c, overrides)
+        elif command == "baseline":
+            baseline(c, overrides)
+        elif command == "sample":
+            sample(c, prompt)
+        else:
+            check(c)
+    except (UserError, RuntimeError) as error:
+        is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not is_memory and not isinstance(error, UserError):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print("error: out of memory; lower --device_batch_size, then --loss_chunk" if is_memory
+                  else f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
