@@ -156,9 +156,9 @@ class Config:
 # proportionate guess that nobody has tuned yet.
 TRACKS = {
     "cpu": dict(
-        dataset="data/sample", vocab_size=2048, train_tokens=80_000, selection_tokens=8_000,
-        seq_len=256, batch_rows=8, device_batch_size=8, num_models=4, num_epochs=10, kd_alpha=0.5,
-        num_layers=4, model_dim=160, num_heads=4, mlp_multiple=32, softcap=15.0,
+        dataset="data/sample", vocab_size=2048, train_tokens=50_000, selection_tokens=5_000,
+        seq_len=256, batch_rows=8, device_batch_size=8, num_models=4, num_epochs=8, kd_alpha=0.5,
+        num_layers=4, model_dim=128, num_heads=4, mlp_multiple=32, window_pattern="L", softcap=15.0,
         matrix_lr=0.02, embed_lr=0.1, head_lr=0.003, x0_lr=0.02, scalar_lr=0.002,
         weight_decay=0.3, momentum_steps=100, lr_warmdown=0.4, lr_power=1.0, loss_chunk=1024),
     "mini": dict(
@@ -1294,7 +1294,7 @@ class Trainer:
     def __init__(self, c, rt, log, data):
         self.c, self.rt, self.log, self.data = c, rt, log, data
         self.model = self.new_model()
-        self.teacher = self.new_model().requires_grad_(False).eval() if c.kd_alpha else None
+        self.teacher = self.new_model().eval() if c.kd_alpha else None
         fast = (lambda f: torch.compile(f, dynamic=False)) if rt.compile else (lambda f: f)
         self.forward, self.mtp_hidden = fast(GPT.forward), fast(GPT.mtp_hidden)
         self.chunk_function, self.logprobs = fast(loss_chunk), fast(target_logprobs)

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Set up and launch.   ./run.sh [--field=value ...]   ·   ./run.sh COMMAND ...   ·   ./run.sh test
+# COMMAND is one of train_gpt.py's (baseline, sample, check); --help lists the fields.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+fail() { echo "error: $1" >&2; exit 2; }
+
+# ---- environment: .venv, made anew when requirements.txt is not the one it was made from
+for python in python3 python3.13 python3.12 python3.11 ""; do
+    [ -n "$python" ] || fail "no Python 3.11 or newer found; install one"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+done
+if ! cmp -s requirements.txt .venv/requirements.installed; then
+    echo "setting up .venv (a few minutes the first time)"
+    rm -rf .venv
+    "$python" -m venv .venv || fail "python -m venv failed; on Debian: apt install python3-venv"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
+        fail "pip could not install requirements.txt (its message is above)"
+    cp requirements.txt .venv/requirements.installed
+fi
+python=.venv/bin/python
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-0}"  # OpenMP threads that spin steal the cores they wait for
+
+if [ "${1:-}" = test ]; then
+    shift
+    exec $python -m pytest -q "$@" tests
+fi
+
+# ---- what to run: command, track, processes
+command=train
+if [ $# -gt 0 ] && [[ "$1" != -* ]]; then command=$1; shift; fi
+gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
+track=""
+for argument in "$@"; do
+    case "$argument" in
+        --track=*) track=${argument#--track=} ;;
+        --help|-h) exec $python train_gpt.py --help ;;
+        --device=cpu) gpus=0 ;;
+    esac
+done
+if [ -z "$track" ] && [ "$command" != sample ]; then
+    track=cpu
+    [ "$gpus" -lt 1 ] || track=mini
+    [ "$gpus" -lt 2 ] || track=limited
+    set -- "--track=$track" "$@"
+fi
+
+# ---- data: the cpu track's lies in the repository; others get FineWeb, unless told otherwise
+if [ "$track" != cpu ] && [[ " $* " != *" --dataset="* && " $* " != *" --preset="* ]] &&
+        [ "$command" != sample ]; then
+    case "$track" in
+        mini) $python data/fineweb.py --tokens=48_000_000 ;;  # a baseline of 12 times its 4M tokens
+        limited) $python data/fineweb.py ;;
+    esac || exit $?
+fi
+
+# ---- settings and data are checked before any process is launched
+case "$command" in
+    train|baseline) $python train_gpt.py check "$@" || exit $? ;;
+    *) exec $python train_gpt.py "$command" "$@" ;;
+esac
+exec $python -m torch.distributed.run --standalone --nproc_per_node="$((gpus > 1 ? gpus : 1))" \
+    train_gpt.py "$command" "$@"
