@@ -28,6 +28,8 @@ import math
 import os
 import platform
 import re
+import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -52,6 +54,13 @@ ROOT = Path(__file__).resolve().parent
 
 class UserError(Exception):
     """Something a person can mend: what, where, what to do, in one line. Exit code 2."""
+
+
+def refuse(problems):
+    """UserError with the message of the first of `problems`, (is_wrong, message), that is wrong."""
+    for is_wrong, message in problems:
+        if is_wrong:
+            raise UserError(message)
 
 
 def opt(default, meaning):
@@ -201,53 +210,50 @@ def make_config(track="cpu", **overrides):
     return config
 
 
+CHOICES = {"final_mixture": ("uniform", "learned"), "proj_init": ("normal", "zero"),
+           "dtype": ("auto", "bfloat16", "float32"), "device": ("auto", "cuda", "mps", "cpu")}
+MAY_BE_ZERO = {"seed", "selection_tokens", "eval_tokens", "first_epochs", "momentum_steps",
+               "loop_start", "loop_end", "loop_from_epoch"}                # of the whole numbers
+BELOW_ONE = ("dropout", "momentum", "momentum_start", "normuon_beta2")
+
+
 def check_config(c):
     """UserError, in one line, for values that cannot work."""
-    zero_is_fine = {"selection_tokens", "eval_tokens", "first_epochs", "momentum_steps", "seed",
-                    "loop_start", "loop_end", "loop_from_epoch"}
-    for f in fields(c):
-        value = getattr(c, f.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{f.name}={value}: must be a finite number")
-        if isinstance(value, (int, float)) and value < 0:
-            raise UserError(f"--{f.name}={value}: must not be negative")
-        if type(value) is int and value == 0 and f.name not in zero_is_fine:
-            raise UserError(f"--{f.name}=0: must be at least 1")
-    for name, values in (("final_mixture", ("uniform", "learned")), ("proj_init", (
-            "normal", "zero")), ("dtype", ("auto", "bfloat16", "float32")), ("device", (
-            "auto", "cuda", "mps", "cpu"))):
-        if getattr(c, name) not in values:
-            raise UserError(f"--{name}={getattr(c, name)}: must be one of {', '.join(values)}")
-    problems = (
-        (c.model_dim % c.num_heads, f"--num_heads={c.num_heads} does not divide --model_dim="
-         f"{c.model_dim}; one that does is {nearest_divisor(c.model_dim, c.num_heads)}"),
-        (c.model_dim // c.num_heads % 2 and c.rope_base, "rotary embeddings need an even width a"
-         f" head, and --model_dim={c.model_dim} / --num_heads={c.num_heads} is odd"),
-        (c.model_dim < 32, f"--model_dim={c.model_dim}: the gates read 32 channels; at least 32"),
+    heads = [n for n in range(1, c.model_dim + 1) if c.model_dim % n == 0]
+    problems = [(not math.isfinite(v), f"--{name}={v}: must be a finite number")
+                for name, v in vars(c).items() if type(v) is float]
+    problems += [(v < (type(v) is int and name not in MAY_BE_ZERO), f"--{name}={v}: must be"
+                  f" {'positive' if type(v) is int and name not in MAY_BE_ZERO else 'at least 0'}")
+                 for name, v in vars(c).items() if type(v) in (int, float)]
+    problems += [(getattr(c, name) not in values, f"--{name}={getattr(c, name)}: must be one of "
+                  + ", ".join(values)) for name, values in CHOICES.items()]
+    problems += [(getattr(c, name) >= 1, f"--{name}={getattr(c, name)}: must be below 1")
+                 for name in BELOW_ONE]
+    problems += [
+        (c.num_heads not in heads, f"--num_heads={c.num_heads} does not divide --model_dim="
+         f"{c.model_dim}; the nearest that does: {nearest_number(c.num_heads, heads)}"),
+        (c.rope_base and c.model_dim // max(1, c.num_heads) % 2, f"--num_heads={c.num_heads}: rotary"
+         f" embeddings need an even width a head; --model_dim={c.model_dim} gives an odd one"),
+        (c.model_dim < VALUE_GATE_CHANNELS, f"--model_dim={c.model_dim}: must be at least"
+         f" {VALUE_GATE_CHANNELS}, the channels that the gates read"),
         (c.loop_count > 1 and not c.loop_start <= c.loop_end < c.num_layers, f"--loop_start="
          f"{c.loop_start} --loop_end={c.loop_end}: not a range of layers 0..{c.num_layers - 1}"),
         (set(c.window_pattern) - set("SL"), f"--window_pattern={c.window_pattern}: only S and L"),
-        (c.dropout >= 1, f"--dropout={c.dropout}: must be below 1"),
         (c.kd_alpha > 1, f"--kd_alpha={c.kd_alpha}: must be at most 1"),
-        (c.kd_temperature == 0, "--kd_temperature=0: must be positive"),
-        (c.momentum >= 1 or c.momentum_start >= 1 or c.normuon_beta2 >= 1,
-         "--momentum, --momentum_start and --normuon_beta2 must be below 1"),
+        (not c.kd_temperature, "--kd_temperature=0: must be positive"),
         (c.lr_warmup + c.lr_warmdown > 1, "--lr_warmup and --lr_warmdown together exceed 1"),
         (c.selection_tokens >= c.train_tokens, "--selection_tokens must be below --train_tokens"),
         (c.num_models == 1 and not c.include_first, "--include_first=false leaves no member"),
         (c.final_mixture == "learned" and not c.selection_tokens,
          "--final_mixture=learned needs --selection_tokens"),
-        (c.run_id and not re.fullmatch(r"[A-Za-z0-9][\w.\-]*", c.run_id),
-         f"--run_id={c.run_id}: letters, digits, '.', '_' and '-' only, and no path"),
-    )
-    for is_wrong, message in problems:
-        if is_wrong:
-            raise UserError(message)
+        (not re.fullmatch(r"([A-Za-z0-9][\w.\-]*)?", c.run_id),
+         f"--run_id={c.run_id}: letters, digits, '.', '_' and '-' only, and no path")]
+    refuse(problems)
     piecewise_linear(c.wd_schedule, 0.0)
 
 
-def nearest_divisor(number, wanted):
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
+def nearest_number(wanted, numbers):
+    return min(numbers, key=lambda number: abs(number - wanted))
 
 
 def parse_arguments(argv):
@@ -323,57 +329,41 @@ class Runtime:
             torch.cuda.synchronize()
 
 
-def all_gather(whole, part, **kwargs):
-    """torch 2.13 renamed it; the older name serves 2.11 and 2.12."""
-    return getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(whole, part, **kwargs)
-
-
-def reduce_scatter(part, whole, **kwargs):
-    return getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(part, whole, **kwargs)
+# torch 2.13 renamed these two; the older names serve 2.11 and 2.12
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def start_runtime(c):
     """Join the process group that torchrun announces, if any; choose device, dtype, attention."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, local_rank, world, local_world = (int(os.environ.get(name, default)) for name, default in (
+        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
     kind, notes = c.device, []
     if kind == "auto":
         kind = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda: no CUDA device is visible; --device=cpu runs without")
+    refuse([(kind == "cuda" and local_rank >= torch.cuda.device_count(),
+             f"--device=cuda: {local_world} process(es), {torch.cuda.device_count()} GPU(s) visible;"
+             " lower --nproc_per_node or use --device=cpu")])
     device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"{world} processes, but {torch.cuda.device_count()} GPUs here: lower"
-                            " --nproc_per_node")
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
-    if kind == "cpu":  # the processes share the cores
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world)
-                              if hasattr(os, "sched_getaffinity") else torch.get_num_threads())
+        fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast_bf16 = kind == "cpu" and (torch.cpu._is_amx_tile_supported()
+                                       or torch.cpu._is_avx512_bf16_supported())
+        torch.set_num_threads(max(1, torch.get_num_threads() if local_world == 1 else
+                                  os.cpu_count() // local_world))   # they share the cores
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    fast_bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else
-                 kind == "cpu" and (torch.cpu._is_amx_tile_supported()
-                                    or torch.cpu._is_avx512_bf16_supported()))
-    dtype = (torch.bfloat16 if fast_bf16 else torch.float32) if c.dtype == "auto" else (
-        getattr(torch, c.dtype))
-    can_compile = c.compile and kind != "mps" and (kind == "cuda" or has_compiler())
-    if c.compile and not can_compile:
-        notes.append("compile: off, no C++ compiler found (or device mps); several times slower")
-    attention = choose_attention(device, dtype, can_compile, notes)
-    return Runtime(rank, world, device, dtype, attention, can_compile, notes)
-
-
-def has_compiler():
-    """Can torch.compile build C++ here?"""
-    try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        return subprocess.run([get_cpp_compiler(), "--version"], capture_output=True).returncode == 0
-    except Exception:  # inductor raises various errors where no compiler is found
-        return False
+    dtype = getattr(torch, c.dtype if c.dtype != "auto" else
+                    "bfloat16" if fast_bf16 else "float32")
+    compiles = c.compile and (kind == "cuda" or kind == "cpu" and any(
+        map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))))
+    if c.compile and not compiles:
+        notes.append(f"compile   off: {'no C++ compiler found' if kind == 'cpu' else kind}; slower")
+    attention = choose_attention(device, dtype, compiles, notes)
+    return Runtime(rank, world, device, dtype, attention, compiles, notes)
 
 
 def choose_attention(device, dtype, can_compile, notes):
@@ -388,7 +378,7 @@ def choose_attention(device, dtype, can_compile, notes):
         if dtype == torch.bfloat16:
             return "fa3"
     except Exception as error:  # not installed, another architecture, a broken build
-        notes.append(f"attention: no FlashAttention 3 ({type(error).__name__}),"
+        notes.append(f"attention no FlashAttention 3 ({type(error).__name__}),"
                      f" using {'FlexAttention' if can_compile else 'SDPA with masks'}")
     return "flex" if can_compile else "sdpa"
 
@@ -413,12 +403,8 @@ def peak_memory(device):
     """Bytes: allocated at most on the GPU, or resident at most in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024)
-    except ImportError:
-        return None
+    units = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * units
 
 
 class Log:
@@ -460,18 +446,14 @@ class Log:
             print(json.dumps(numbers), file=self.numbers, flush=True)
 
 
-def command_output(*command):
-    """Standard output of `command`, stripped; empty if it fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    except OSError:
-        return ""
-
-
 def git_commit():
-    commit = command_output("git", "rev-parse", "HEAD")
-    changed = command_output("git", "status", "--porcelain", "--untracked-files=no")
-    return (commit or "unknown") + (" with uncommitted changes" if changed else "")
+    """Hash of HEAD, with "-dirty" behind it if tracked files differ; "unknown" without git."""
+    try:
+        command = ("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 # ================================================================================================
@@ -484,30 +466,24 @@ GPT2_VOCAB, GPT2_BOS = 50257, 50256              # what a header with zeros ther
 
 def read_shard(path, vocab_size, sha256):
     """uint16 memory map of the tokens and the BOS id. UserError if the file is not sound."""
-    again = "fetch or build the dataset again"
     try:
-        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-        size = path.stat().st_size
+        header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), path.stat().st_size
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if len(header) < HEADER_INTS or header[0] != MAGIC:
-        raise UserError(f"{path}: not a token shard (wrong magic); {again}")
-    if header[1] != VERSION:
-        raise UserError(f"{path}: shard version {header[1]}, this script reads {VERSION}; {again}")
+    again = "fetch or build the dataset again"
+    refuse([(len(header) < HEADER_INTS or header[0] != MAGIC,
+             f"{path}: not a token shard (wrong magic); {again}")])
     count, vocab, bos = int(header[2]), int(header[3]) or GPT2_VOCAB, int(header[4]) or GPT2_BOS
-    if count < 2 or size != 4 * HEADER_INTS + 2 * count:
-        raise UserError(f"{path}: the header says {count} tokens, the file holds"
-                        f" {(size - 4 * HEADER_INTS) / 2:g}; {again}")
-    if vocab != vocab_size:
-        raise UserError(f"{path}: vocabulary of {vocab}; set --vocab_size={vocab}")
+    held = (size - 4 * HEADER_INTS) / 2
+    refuse([(header[1] != VERSION, f"{path}: shard version {header[1]}, not {VERSION}; {again}"),
+            (count < 2 or held != count,
+             f"{path}: the header says {count} tokens, the file holds {held:g}; {again}"),
+            (vocab != vocab_size, f"{path}: vocabulary of {vocab}; set --vocab_size={vocab}")])
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(count,))
-    if int(tokens.max()) >= vocab:
-        at = int(np.argmax(tokens >= vocab))
-        raise UserError(f"{path}: token {tokens[at]} at {at} is not below {vocab}; {again}")
-    if tokens[0] != bos:
-        raise UserError(f"{path}: must begin with BOS {bos}, not {tokens[0]}; {again}")
-    if sha256 and hashlib.sha256(memoryview(path.read_bytes())).hexdigest() != sha256:
-        raise UserError(f"{path}: SHA-256 is not the one in meta.json; {again}")
+    refuse([(tokens.max() >= vocab, f"{path}: token {tokens.max()} is not below {vocab}; {again}"),
+            (tokens[0] != bos, f"{path}: must begin with BOS {bos}, not {tokens[0]}; {again}"),
+            (sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256,
+             f"{path}: its SHA-256 is not the one in meta.json; {again}")])
     return tokens, bos
 
 
@@ -566,21 +542,19 @@ def load_dataset(c):
             documents += split_documents(shard, bos)
             tokens += len(shard)
         if not documents:
-            script = "sample" if folder.name == "sample" else "fineweb"
-            raise UserError(f"{folder}: no {split} shards; get them with: python data/{script}.py")
+            raise UserError(f"{folder}: no {split} shards; get them with: python data/"
+                            f"{'sample' if folder.name == 'sample' else 'fineweb'}.py")
+        refuse([(split == "train" and tokens < c.train_tokens, f"{folder}: {tokens:,} training tokens,"
+                 f" fewer than --train_tokens={c.train_tokens}; get more or lower it")])
         splits[split] = documents
-        if split == "train" and tokens < c.train_tokens:
-            raise UserError(f"{folder}: {tokens:,} training tokens, fewer than --train_tokens="
-                            f"{c.train_tokens}; get more or lower it")
-    if c.eval_tokens:
-        splits["val"] = cut_documents(splits["val"], c.eval_tokens)
-        splits["holdout"] = cut_documents(splits["holdout"], c.eval_tokens)
     train, notes = without_overlap(folder, splits)
+    for split in ("val", "holdout"):
+        splits[split] = cut_documents(splits[split], c.eval_tokens or len(splits[split]) * 2 ** 31)
     train, selected = cut_documents(train, c.train_tokens), 0
     while sum(map(len, train[:selected])) < c.selection_tokens:
         selected += 1
-    if selected >= len(train):
-        raise UserError(f"--selection_tokens={c.selection_tokens} takes all documents of train")
+    refuse([(selected >= len(train), f"--selection_tokens={c.selection_tokens} takes all documents"
+             " of train; lower it")])
     return Dataset(train[selected:], train[:selected], splits["val"], splits["holdout"], bos, meta,
                    hashes, per_token, notes)
 
@@ -593,11 +567,10 @@ def without_overlap(folder, splits):
     held_out = {document.tobytes() for split in ("val", "holdout") for document in splits[split]}
     train = [document for document in splits["train"] if document.tobytes() not in held_out]
     lost = len(splits["train"]) - len(train)
-    if lost > 0.005 * len(held_out):
-        raise UserError(f"{folder}: {lost} documents of train are also in val or holdout; the"
-                        " splits overlap, build the dataset again")
-    return train, [f"data: {lost} documents of train left out, as val or holdout has them too"
-                   ] if lost else []
+    refuse([(lost > 0.005 * len(held_out), f"{folder}: {lost} documents of train are also in val or"
+             " holdout; the splits overlap, build the dataset again")])
+    return train, [f"data      {lost} documents of train left out: val or holdout has them"] * (
+        lost > 0)
 
 
 class Rows:
@@ -659,12 +632,7 @@ class Stage(NamedTuple):
 
 def stages(c):
     """The stages of a member's training, in order."""
-    first = [Stage(0, 1)]
-    return first + [Stage(c.loop_from_epoch, c.loop_count)] if c.loop_count > 1 else first
-
-
-def stage_at(c, epoch):
-    return [stage for stage in stages(c) if stage.from_epoch <= epoch + 1e-9][-1]
+    return [Stage(0, 1), Stage(c.loop_from_epoch, c.loop_count)][:1 + (c.loop_count > 1)]
 
 
 def layer_order(c, loops):
@@ -849,20 +817,17 @@ class GPT(nn.Module):
     def prepare(self, length):
         """Masks and rotation tables for rows of `length`; call it outside of compiled code."""
         c, device = self.config, self.wte.weight.device
-        if self.rope is None or len(self.rope[0]) != length:
-            half = c.model_dim // c.num_heads // 2
-            position = torch.arange(length, device=device, dtype=torch.float32)
-            angle = position[:, None] * c.rope_base ** (
-                -torch.arange(half, device=device) / half) if c.rope_base else None
-            self.rope = (angle.cos()[:, None].to(self.dtype), angle.sin()[:, None].to(self.dtype)
-                         ) if c.rope_base else (position,)
-            self.masks = {window: make_mask(window, length, device, self.attention)
-                          for window in {*self.windows, c.seq_len}}
+        half = c.model_dim // c.num_heads // 2
+        if c.rope_base:
+            frequency = c.rope_base ** (-torch.arange(half, device=device) / half)
+            angle = torch.arange(length, device=device)[:, None, None] * frequency
+            self.rope = angle.cos().to(self.dtype), angle.sin().to(self.dtype)  # [T, 1, Dh/2]
+        self.masks = {window: make_mask(window, length, device, self.attention)
+                      for window in {*self.windows, c.seq_len}}
         return self
 
     def run_block(self, block, x, value, window):
-        rope = self.rope if self.config.rope_base else None
-        return block(x, value, rope, window, self.masks[window], self.attention)
+        return block(x, value, self.rope, window, self.masks[window], self.attention)
 
     def forward(self, tokens, loops=1):
         """int64 [B, T] -> normalized final hidden states [B, T, D]. `prepare(T)` comes first."""
@@ -1075,27 +1040,28 @@ def adamw_update(p, grad, m, v, step, lr, wd, beta1, beta2):
 class ParameterGroup:
     """Parameters that are updated as one tensor, and this rank's share of their state.
 
-    Muon: equal shapes, stacked to [n, rows, cols]; a rank owns every matrix of one slice of n.
-    AdamW: one parameter; a rank owns a slice of its first dimension if that divides and it is
-    large, else all ranks do the same work on all of it.
+    Muon: parameters of one shape, stacked to [n, rows, cols]; a rank owns a slice of the matrices.
+    AdamW: one parameter; a rank owns a slice of its first dimension. Zeros fill up the last share.
     """
 
-    def __init__(self, kind, params, lr, wd, betas, world):
+    def __init__(self, kind, params, lr, wd, betas, world, rank):
         self.kind, self.params, self.lr, self.wd, self.betas = kind, params, lr, wd, betas
-        p, self.length = params[0], len(params) if kind == "muon" else len(params[0])
-        self.sharded = kind == "muon" or (p.numel() >= 2 ** 16 and len(p) % world == 0)
-        self.share = -(-self.length // world) if self.sharded else self.length
-        shape = (self.share, *(p.shape if kind == "muon" else p.shape[1:]))
-        self.m, self.v = p.new_zeros(shape), p.new_zeros(shape)
-        if kind == "muon":          # NorMuon: one number a neuron
+        p, length = params[0], len(params) if kind == "muon" else len(params[0])
+        self.share, self.whole = -(-length // world), -(-length // world) * world
+        self.first = rank * self.share
+        self.m = torch.zeros_like(self.slice(params, self.first, self.share))
+        self.v = self.m.clone()
+        if kind == "muon":                      # NorMuon: one number a neuron
             self.v = self.v.mean(dim=2 if p.shape[0] >= p.shape[1] else 1, keepdim=True)
 
-    def stacked(self, tensors, world):
-        """One tensor of `tensors`, padded with zeros so that it divides into equal shares."""
+    def slice(self, tensors, first, count):
+        """`count` matrices (Muon) or rows (AdamW) of `tensors` from `first` on, as one tensor."""
         if self.kind == "adamw":
-            return tensors[0]
-        padding = world * self.share - self.length
-        return torch.stack([*tensors, *[torch.zeros_like(tensors[0])] * padding])
+            part = tensors[0][first:first + count]
+        else:
+            part = torch.stack(tensors[first:first + count] or [torch.zeros_like(tensors[0])])
+        missing = count - len(part)
+        return part if not missing else torch.cat((part, part.new_zeros(missing, *part.shape[1:])))
 
 
 class MuonAdamW:
@@ -1107,65 +1073,61 @@ class MuonAdamW:
     """
 
     def __init__(self, named_parameters, config, world=1, rank=0, dtype=torch.float32):
-        self.config, self.world, self.rank, self.dtype = config, world, rank, dtype
-        self.steps, members = 0, {}
+        self.config, self.world, self.dtype, self.steps, members = config, world, dtype, 0, {}
         for name, p in named_parameters:
             rows = [row for row in parameter_table(config) if re.fullmatch(row[0], name)]
             if len(rows) != 1:
                 raise ValueError(f"parameter {name} is in {len(rows)} groups of parameter_table")
             key = (*rows[0][1:], p.shape if rows[0][1] == "muon" else name)
             members.setdefault(key, []).append(p)
-        self.groups = [ParameterGroup(kind, params, lr, wd, betas, world)
+        self.groups = [ParameterGroup(kind, params, lr, wd, betas, world, rank)
                        for (kind, lr, wd, betas, _), params in members.items()]
 
-    def reduce(self, group):
-        """This rank's share of the summed gradient, and the handle to wait for."""
-        whole = group.stacked([p.grad for p in group.params], self.world)
-        if self.world == 1:
-            return whole, None
-        if not group.sharded:
-            return whole, dist.all_reduce(whole, async_op=True)
-        share = whole.new_empty(group.share, *whole.shape[1:])
-        return share, reduce_scatter(share, whole, async_op=True)
-
-    def update(self, group, grad, lr, wd, momentum):
-        """Update this rank's share; returns it where other ranks need it."""
-        c, first = self.config, self.rank * group.share if group.sharded else 0
-        with torch.no_grad():
-            if group.kind == "adamw":
-                p = group.params[0].data[first:first + group.share]
-                adamw_update(p, grad, group.m, group.v, self.steps, lr, wd, *group.betas)
-                return p
-            own = group.params[first:first + group.share]
-            if not own:                 # more ranks than matrices: this one only helps to gather
-                return torch.zeros_like(grad)
-            p, n = torch.stack([q.data for q in own]), len(own)
-            muon_update(p, grad[:n], group.m[:n], group.v[:n], lr, wd, momentum, c.normuon_beta2,
-                        c.muon_eq, c.cautious, self.dtype)
-            for q, updated in zip(own, p):
-                q.data.copy_(updated)
-            return torch.cat((p, p.new_zeros(group.share - n, *p.shape[1:])))
-
+    @torch.no_grad()
     def step(self, lr_multiplier=1.0, wd_multiplier=1.0, momentum=None):
         """One update from the parameters' .grad, which it clears."""
         self.steps += 1
         momentum = self.config.momentum if momentum is None else momentum
-        reductions, gathers = [self.reduce(group) for group in self.groups], []
+        reductions, gathers = [], []
+        for group in self.groups:
+            whole = group.slice([p.grad for p in group.params], 0, group.whole)
+            reductions.append(self.scatter(whole, group.share))
+            for p in group.params:
+                p.grad = None
         for group, (grad, handle) in zip(self.groups, reductions):
             if handle is not None:
                 handle.wait()
-            share = self.update(group, grad, group.lr * lr_multiplier, group.wd * wd_multiplier,
-                                momentum)
-            if self.world > 1 and group.sharded:
-                whole = share.new_empty(self.world * group.share, *share.shape[1:])
-                gathers.append((group, whole, all_gather(whole, share, async_op=True)))
-        for group, whole, handle in gathers:
-            handle.wait()
-            for p, updated in zip(group.params, [whole] if group.kind == "adamw" else whole):
-                p.data.copy_(updated)
-        for group in self.groups:
-            for p in group.params:
-                p.grad = None
+            lr, wd = group.lr * lr_multiplier, group.wd * wd_multiplier
+            share = group.slice(group.params, group.first, group.share)
+            self.update(group, share, grad, lr, wd, momentum)
+            gathers.append(self.gather(share))
+        for group, (whole, handle) in zip(self.groups, gathers):
+            if handle is not None:
+                handle.wait()
+            updated = whole if group.kind == "muon" else [whole[:len(group.params[0])]]
+            for p, new in zip(group.params, updated):
+                p.copy_(new)
+
+    def update(self, group, share, grad, lr, wd, momentum):
+        c = self.config
+        if group.kind == "adamw":
+            adamw_update(share, grad, group.m, group.v, self.steps, lr, wd, *group.betas)
+        else:
+            muon_update(share, grad, group.m, group.v, lr, wd, momentum, c.normuon_beta2,
+                        c.muon_eq, c.cautious, self.dtype)
+
+    def scatter(self, whole, share):
+        """(this rank's share of the sum of `whole` over ranks, a handle to wait for or None)."""
+        if self.world == 1:
+            return whole, None
+        part = whole.new_empty(share, *whole.shape[1:])
+        return part, reduce_scatter(part, whole.contiguous(), async_op=True)
+
+    def gather(self, share):
+        if self.world == 1:
+            return share, None
+        whole = share.new_empty(self.world * len(share), *share.shape[1:])
+        return whole, all_gather(whole, share.contiguous(), async_op=True)
 
 
 # ================================================================================================
@@ -1252,11 +1214,10 @@ def ensemble_curve(members, c):
 
 
 def equivalent_tokens(loss, curve):
-    """(tokens, sign): tokens D at which a baseline curve [[D, loss], ...] reaches `loss`.
+    """(D, sign): the tokens D at which a baseline curve [[D, loss], ...] reaches `loss`.
 
-    D is piecewise linear in the loss. Beyond the measured range nothing is extrapolated: the sign
-    is then ">" or "<" and D the end of the range. Points that are no better than a smaller D are
-    left out.
+    D is piecewise linear in the loss; points no better than a smaller D are left out. Nothing is
+    extrapolated: beyond the measured range the sign is ">" or "<" and D the end of the range.
     """
     points = []
     for tokens, value in sorted(curve):
@@ -1268,15 +1229,13 @@ def equivalent_tokens(loss, curve):
 
 
 def data_efficiency(loss, baseline, train_tokens):
-    """{one_epoch, tuned}: multiples of train_tokens, numbers or strings such as "> 12.4"."""
-    result = {}
-    for kind in ("one_epoch", "tuned"):
-        if curve := (baseline or {}).get(kind):
+    """{one_epoch, tuned, curve}: multiples of train_tokens, numbers or strings like "> 12.4"."""
+    result = {"one_epoch": "n/a", "tuned": "n/a", "curve": baseline}
+    for kind, curve in (baseline or {}).items():
+        if kind in ("one_epoch", "tuned"):
             tokens, sign = equivalent_tokens(loss, curve)
             multiple = round(tokens / train_tokens, 2)
             result[kind] = f"{sign} {multiple}" if sign else multiple
-        else:
-            result[kind] = "n/a"
     return result
 
 
@@ -1318,43 +1277,46 @@ class Trainer:
             self.rt.synchronize()
             self.compile_seconds += time.perf_counter() - start
 
+    def loss(self, hidden, targets, teacher, alpha):
+        """ChunkedLoss of hidden [B, T, D]; teacher: hidden states [B, T, D] of the teacher or None."""
+        c, teacher_weight = self.c, None
+        if teacher is not None:
+            teacher = teacher.flatten(0, 1)
+            teacher_weight = self.teacher.head.weight.to(self.rt.dtype)
+        return ChunkedLoss.apply(
+            hidden.flatten(0, 1), self.model.head.weight, targets.flatten(), teacher,
+            teacher_weight, alpha, c.kd_temperature, c.softcap, c.vocab_size, c.loss_chunk,
+            self.chunk_function)
+
     def gradients(self, inputs, targets, loops, distill):
         """Backward passes of this rank's rows of the batch; returns the sums [ce, kl].
 
         The loss is divided by the targets of the whole batch, so gradients add up over ranks.
         """
-        c, rt, model = self.c, self.rt, self.model
-        mine = slice(rt.rank, None, rt.world)
+        c, rt, model, teacher = self.c, self.rt, self.model, None
+        mine, micro = slice(rt.rank, None, rt.world), micro_batch_rows(c, rt)
         counts = int((targets >= 0).sum()), max(1, int((targets[:, 1:] >= 0).sum()))
         alpha, sums = c.kd_alpha if distill else 0.0, torch.zeros(2, device=rt.device)
-        micro = min(c.device_batch_size, c.batch_rows // rt.world)
         for x, y in zip(inputs[mine].split(micro), targets[mine].split(micro)):
             x, y = x.to(rt.device), y.to(rt.device)
-            hidden, teacher = self.forward(model, x, loops), (None, None)
+            hidden = self.forward(model, x, loops)
             if distill:
                 with torch.no_grad():
-                    teacher = (self.forward(self.teacher, x, stages(c)[-1].loops).flatten(0, 1),
-                               self.teacher.head.weight.to(rt.dtype))
-            loss, ce, kl = ChunkedLoss.apply(
-                hidden.flatten(0, 1), model.head.weight, y.flatten(), *teacher, alpha,
-                c.kd_temperature, c.softcap, c.vocab_size, c.loss_chunk, self.chunk_function)
+                    teacher = self.forward(self.teacher, x, stages(c)[-1].loops)
+            loss, ce, kl = self.loss(hidden, y, teacher, alpha)
             loss = loss / counts[0]
-            if c.mtp_weight:        # slowrun #65; targets do not cross the row's end
-                after_next = F.pad(y[:, 1:], (0, 1), value=-1)
+            if c.mtp_weight:        # slowrun #65; its targets do not cross the row's end
                 ahead = self.mtp_hidden(model, hidden, y.clamp(min=0))
-                loss_ahead, _, _ = ChunkedLoss.apply(
-                    ahead.flatten(0, 1), model.head.weight, after_next.flatten(), None, None, 0.0,
-                    1.0, c.softcap, c.vocab_size, c.loss_chunk, self.chunk_function)
-                loss = loss + (1 - alpha) * c.mtp_weight * loss_ahead / counts[1]
+                ahead_loss, _, _ = self.loss(ahead, F.pad(y[:, 1:], (0, 1), value=-1), None, 0.0)
+                loss = loss + (1 - alpha) * c.mtp_weight * ahead_loss / counts[1]
             loss.backward()
-            sums += torch.stack((ce, kl)).detach() / counts[0]
+            sums += torch.stack((ce, kl)) / counts[0]
         return sums
 
     def train_member(self, k, teacher_weights=None):
         """Train member k (from 1) from scratch, with a teacher if its weights are given.
 
-        Returns {"train_seconds", "tokens_per_second", "mfu", "train_loss"}; the weights are in
-        self.model.
+        The weights are then in self.model. Returns Meter.facts().
         """
         c, rt, distill = self.c, self.rt, teacher_weights is not None and bool(self.c.kd_alpha)
         member_seed = 1000 * c.seed + k
@@ -1367,14 +1329,16 @@ class Trainer:
         optimizer = MuonAdamW(self.model.named_parameters(), c, rt.world, rt.rank, rt.dtype)
         meter = Meter(self, k, rows, distill)
         for step in range(rows.num_steps):
-            progress, loops = step / rows.num_steps, stage_at(c, rows.epoch_of(step)).loops
+            progress, epoch = step / rows.num_steps, rows.epoch_of(step)
+            loops = [stage for stage in stages(c) if stage.from_epoch <= epoch][-1].loops
             inputs, targets = rows.step(step)
             with self.first_time("step", loops, distill) as new:
                 sums = self.gradients(inputs, targets, loops, distill)
                 optimizer.step(lr_multiplier(c, progress), piecewise_linear(c.wd_schedule, progress),
                                momentum_at(c, step))
             meter.update(step, sums, loops, new)
-        return meter.finish()
+        rt.synchronize()
+        return meter.facts()
 
     @torch.no_grad()
     def score(self, documents):
@@ -1408,62 +1372,56 @@ class Meter:
     """Clock, progress line and metrics of one member's training."""
 
     def __init__(self, trainer, k, rows, distill):
-        self.trainer, self.k, self.rows, self.distill = trainer, k, rows, distill
-        self.flops, self.steps, self.recent = 0.0, 0, []
+        self.trainer, self.k, self.rows, self.recent = trainer, k, rows, []
         self.start, self.compiled = time.perf_counter(), trainer.compile_seconds
+        self.steps, self.flops, self.loss = 0, 0.0, float("nan")  # steps: without compiling ones
         c, units = trainer.c, 1 + distill / 3     # a teacher's forward is a third of a CE step
-        self.flops_of = {s.loops: flops_per_token(c, s) * units for s in stages(c)}
-        self.loss = float("nan")
+        self.batch_flops = {stage.loops: flops_per_token(c, stage) * units * c.batch_rows
+                            * c.seq_len for stage in stages(c)}
 
-    def seconds(self):
-        """Since the start, without compilation."""
-        compiled = self.trainer.compile_seconds - self.compiled
-        return max(1e-9, time.perf_counter() - self.start - compiled)
-
-    def rates(self):
-        """Tokens a second and MFU (None if the device's peak is unknown), over all devices."""
+    def facts(self):
+        """Seconds without compilation, tokens/s and MFU (None: unknown peak) of all devices."""
         rt, c = self.trainer.rt, self.trainer.c
-        per_second, peak = 1 / self.seconds(), peak_flops(rt.device)
-        mfu = self.flops * per_second / (peak * rt.world) if peak else None
-        return self.steps * c.batch_rows * c.seq_len * per_second, mfu
+        compiled = self.trainer.compile_seconds - self.compiled
+        seconds = max(1e-9, time.perf_counter() - self.start - compiled)
+        peak = peak_flops(rt.device)
+        return {"train_loss": self.loss, "train_seconds": round(seconds, 3),
+                "tokens_per_second": round(self.steps * c.batch_rows * c.seq_len / seconds, 1),
+                "mfu": round(self.flops / seconds / peak / rt.world, 4) if peak else None}
 
-    def update(self, step, sums, loops, new):
+    def update(self, step, sums, loops, compiled):
         """After each step; reads the losses (which waits for the device) every log_steps steps."""
-        c, rt, log, rows = self.trainer.c, self.trainer.rt, self.trainer.log, self.rows
+        c, rt, rows, k = self.trainer.c, self.trainer.rt, self.rows, self.k
         self.recent.append(sums)
-        if not new:
-            self.steps += 1
-            self.flops += self.flops_of[loops] * c.batch_rows * c.seq_len
+        if not compiled:
+            self.steps, self.flops = self.steps + 1, self.flops + self.batch_flops[loops]
         last = step + 1 == rows.num_steps
         if (step + 1) % c.log_steps and not last:
             return
-        ce, kl = rt.sum(torch.stack(self.recent).mean(dim=0)).tolist()
-        self.recent, self.loss = [], ce
-        if not math.isfinite(ce):
-            raise UserError(f"member {self.k}, step {step}: the loss is {ce}; lower --matrix_lr,"
-                            " --embed_lr or --head_lr")
-        speed, mfu = self.rates()
-        epoch = min(rows.epoch_of(step + 1), c.epochs_of(self.k))
-        log.metrics(member=self.k, step=step + 1, epoch=round(epoch, 3), train_loss=ce, kl=kl,
-                    lr_mult=lr_multiplier(c, step / rows.num_steps), tokens_per_second=speed,
-                    seconds=time.perf_counter() - self.trainer.start)
-        a_step = self.seconds() / max(1, self.steps)
-        left = (rows.num_steps - step - 1) * a_step
-        growth = 4 / 3 if self.k == 1 and c.kd_alpha else 1    # later members pay for a teacher
-        later = sum(c.epochs_of(j) for j in range(self.k + 1, c.num_models + 1))
-        run_left = left + later / c.epochs_of(self.k) * rows.num_steps * a_step * growth
-        log.progress(
-            f"member {self.k}/{c.num_models}  step {step + 1}/{rows.num_steps}"
-            f"  epoch {epoch:.1f}/{c.epochs_of(self.k)}  loss {ce:.3f}"
-            + (f"  kl {kl:.3f}" if self.distill else "") + f"  {speed:,.0f} tok/s"
-            f"  MFU {f'{mfu:.1%}' if mfu else 'n/a'}  left {minutes(left)}, run {minutes(run_left)}",
+        self.loss, kl = rt.sum(torch.stack(self.recent).mean(dim=0)).tolist()
+        self.recent = []
+        if not math.isfinite(self.loss):
+            raise UserError(f"member {k}, step {step + 1}: the loss is {self.loss}; lower"
+                            " --matrix_lr, --embed_lr or --head_lr")
+        facts, epoch = self.facts(), min(rows.epoch_of(step + 1), c.epochs_of(k))
+        speed, mfu = facts["tokens_per_second"], facts["mfu"]
+        self.trainer.log.metrics(
+            member=k, step=step + 1, epoch=round(epoch, 3), train_loss=self.loss, kl=kl,
+            lr_multiplier=lr_multiplier(c, step / rows.num_steps), tokens_per_second=speed,
+            seconds=round(time.perf_counter() - self.trainer.start, 3))
+        an_epoch = facts["train_seconds"] / max(1, self.steps) * rows.num_steps / c.epochs_of(k)
+        left = (c.epochs_of(k) - epoch) * an_epoch
+        later = sum(map(c.epochs_of, range(k + 1, c.num_models + 1))) * an_epoch
+        later *= 4 / 3 if k == 1 and c.kd_alpha else 1      # later members pay for a teacher
+        self.trainer.log.progress(
+            f"member {k}/{c.num_models}  step {step + 1}/{rows.num_steps}  epoch {epoch:.1f}/"
+            f"{c.epochs_of(k)}  loss {self.loss:.3f}{f'  kl {kl:.3f}' if kl else ''}  {speed:,.0f}"
+            f" tok/s  MFU {percent(mfu)}  left {minutes(left)}, run {minutes(left + later)}",
             always=last)
 
-    def finish(self):
-        self.trainer.rt.synchronize()
-        speed, mfu = self.rates()
-        return {"train_seconds": round(self.seconds(), 3), "tokens_per_second": round(speed, 1),
-                "mfu": mfu and round(mfu, 4), "train_loss": self.loss}
+
+def percent(fraction):
+    return f"{fraction:.1%}" if fraction else "n/a"
 
 
 def minutes(seconds):
@@ -1474,198 +1432,150 @@ def minutes(seconds):
 # The run
 # ================================================================================================
 
-def prepare_run(c, rt):
-    """Refuse what cannot be cut among the processes; return the run's folder, not yet made."""
-    if c.batch_rows % rt.world:
-        raise UserError(f"--batch_rows={c.batch_rows} is not divisible by {rt.world} processes;"
-                        f" the nearest that is: {nearest_multiple(c.batch_rows, rt.world)}")
-    rows = c.batch_rows // rt.world
-    micro = min(c.device_batch_size, rows)
-    if rows % micro:
-        raise UserError(
-            f"--batch_rows={c.batch_rows} is not divisible by {rt.world} processes x --device_batch"
-            f"_size={micro}; the nearest that is: {nearest_multiple(c.batch_rows, rt.world * micro)}")
-    name = c.run_id or f"{c.track}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    folder = ROOT / c.runs_dir / name
-    taken = (folder / "log.txt").exists()
-    rt.barrier()                # rank 0 makes the folder only after all have looked
-    if taken:
-        raise UserError(f"{folder} has a run already; choose another --run_id")
-    return folder
+def micro_batch_rows(c, rt):
+    """Rows of a micro-batch. UserError if the batch cannot be shared out evenly."""
+    micro = max(1, min(c.device_batch_size, c.batch_rows // rt.world))
+    unit = rt.world * micro
+    refuse([(c.batch_rows % unit, f"--batch_rows={c.batch_rows} is not divisible by {rt.world}"
+             f" process(es) x {micro} rows of --device_batch_size; the nearest that is:"
+             f" {max(1, round(c.batch_rows / unit)) * unit}")])
+    return micro
 
 
-def nearest_multiple(number, factor):
-    return max(factor, round(number / factor) * factor)
-
-
-def write_header(c, rt, log, data, overrides):
-    """What reproduces the run: source, versions, hardware, data and settings."""
-    log.file(Path(__file__).read_text(encoding="utf-8"))
-    log.file("=" * 100)
+def announce(c, rt, log, data, model, overrides):
+    """Log what reproduces the run: source, versions, settings; tell what is about to run and why."""
     facts = dict(commit=git_commit(), python=platform.python_version(), torch=torch.__version__,
                  numpy=np.__version__, hardware=hardware_name(rt.device), processes=rt.world,
-                 device=str(rt.device), dtype=str(rt.dtype), attention=rt.attention,
-                 compile=rt.compile, data_sha256=data.hashes, overrides=overrides,
-                 config=dataclasses.asdict(c))
+                 data_sha256=data.hashes, overrides=overrides, config=dataclasses.asdict(c))
+    log.file(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100)
     for key, value in facts.items():
         log.file(f"{key}:{json.dumps(value)}")
-
-
-def describe(c, rt, log, data, model, folder):
-    """Tell what is about to run, and why it takes what it takes."""
     rows = Rows(data.train, c.seq_len, c.batch_rows, c.num_epochs, 0, data.bos)
-    size = sum(p.numel() for p in model.parameters())
-    blocks = sum(p.numel() for p in model.blocks.parameters())
-    flops = "  then ".join(f"{flops_per_token(c, s):.4g}" for s in stages(c))
-    micro = min(c.device_batch_size, c.batch_rows // rt.world)
-    lines = (
-        f"track     {c.track}: {c.num_models} model(s) x {c.num_epochs} epochs"
-        + (f", each distilled from the one before (alpha {c.kd_alpha:g}, T {c.kd_temperature:g})"
-           if c.kd_alpha and c.num_models > 1 else ""),
-        f"data      {c.dataset}: {rows.tokens:,} tokens an epoch in {len(data.train)} documents,"
-        f" {sum(map(len, data.selection)):,} for selection; val {sum(map(len, data.val)):,},"
-        f" holdout {sum(map(len, data.holdout)):,}",
-        f"model     {size / 1e6:.4g}M parameters, {blocks / 1e6:.4g}M in {c.num_layers} blocks of"
-        f" width {c.model_dim}; {flops} FLOPs a token",
-        f"steps     {rows.num_steps:,} a member: {c.batch_rows} rows x {c.seq_len} tokens ="
-        f" {c.batch_rows * c.seq_len:,} a step, in {c.batch_rows // rt.world // micro} micro-batch"
-        f"(es) of {micro} on {rt.world} process(es)",
-        f"machine   {hardware_name(rt.device)}; torch {torch.__version__}, {rt.device.type},"
-        f" {str(rt.dtype).removeprefix('torch.')}, attention {rt.attention}, compile"
-        f" {'on' if rt.compile else 'off'}",
-        f"folder    {folder}")
-    for line in (*lines, *data.notes, *rt.notes):
+    size, blocks = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.blocks))
+    flops = " then ".join(f"{flops_per_token(c, stage):.4g}" for stage in stages(c))
+    chain = (f", each distilled from the one before (alpha {c.kd_alpha:g}, T {c.kd_temperature:g})"
+             if c.kd_alpha and c.num_models > 1 else "")
+    micro = micro_batch_rows(c, rt)
+    for line in (
+            f"track     {c.track}: {c.num_models} model(s) x {c.num_epochs} epochs{chain}",
+            f"data      {c.dataset}: {rows.tokens:,} tokens an epoch in {len(data.train)} documents,"
+            f" {sum(map(len, data.selection)):,} for selection; val {sum(map(len, data.val)):,},"
+            f" holdout {sum(map(len, data.holdout)):,}",
+            f"model     {size:.4g}M parameters, {blocks:.4g}M in {c.num_layers} blocks of width"
+            f" {c.model_dim}; {flops} FLOPs a token",
+            f"steps     {rows.num_steps:,} a member: {c.batch_rows} rows x {c.seq_len} ="
+            f" {c.batch_rows * c.seq_len:,} tokens a step, on {rt.world} process(es) in"
+            f" {c.batch_rows // rt.world // micro} micro-batch(es) of {micro} rows",
+            f"machine   {facts['hardware']}; torch {torch.__version__} on {rt.device.type},"
+            f" {str(rt.dtype).removeprefix('torch.')}, attention {rt.attention}, compile"
+            f" {'on' if rt.compile else 'off'}",
+            f"folder    {log.folder}", *data.notes, *rt.notes, ""):
         log.say(line)
-    log.say()
 
 
-def save_tensors(tensors, path):
-    """Write beside, then rename, so that a file with the final name is whole."""
+def write_whole(path, write):
+    """Let `write` fill a file beside `path`, then rename it, so that `path` is never half there."""
     beside = path.with_suffix(".tmp")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside)
+    write(beside)
     os.replace(beside, path)
+
+
+def write_json(path, value):
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def run(c, overrides):
     """Train the members, write the run's folder, print the table; returns the result (a dict)."""
     start, rt = time.perf_counter(), start_runtime(c)
-    data = load_dataset(c)
-    folder = prepare_run(c, rt)
+    micro_batch_rows(c, rt)
+    name = c.run_id or f"{c.track}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    data, folder = load_dataset(c), ROOT / c.runs_dir / name
+    taken = (folder / "log.txt").exists()
+    rt.barrier()                # rank 0 makes the folder only after all have looked
+    refuse([(taken, f"{folder} has a run already; choose another --run_id")])
     log = Log(folder, rt.rank == 0, c.log_seconds)
-    write_header(c, rt, log, data, overrides)
     trainer = Trainer(c, rt, log, data)
-    describe(c, rt, log, data, trainer.model, folder)
+    announce(c, rt, log, data, trainer.model, overrides)
     splits = {"selection": data.selection, "val": data.val, "holdout": data.holdout}
     scores, members, teacher = [], [], None
     for k in range(1, c.num_models + 1):
         facts = trainer.train_member(k, teacher)
-        teacher = {name: p.detach().cpu().clone() for name, p in trainer.model.state_dict().items()}
+        teacher = {name: p.detach().cpu().clone() for name, p in trainer.model.named_parameters()}
+        scores.append({split: trainer.score(part) for split, part in splits.items() if part})
         if rt.rank == 0:
-            save_tensors(teacher, folder / "members" / f"{k:03d}.safetensors")
-        scores.append({s: trainer.score(d) for s, d in splits.items() if d})
-        losses = {f"{split}_loss": mean_loss(logp) for split, logp in scores[-1].items()}
-        members.append({**losses, **facts})
-        if rt.rank == 0:
-            save_tensors({s: torch.from_numpy(logp) for s, logp in scores[-1].items()},
-                         folder / "members" / f"{k:03d}.logp.safetensors")
+            logp = {split: torch.from_numpy(values) for split, values in scores[-1].items()}
+            for kind, tensors in (("", teacher), (".logp", logp)):
+                write_whole(folder / "members" / f"{k:03d}{kind}.safetensors",
+                            lambda beside, tensors=tensors: save_file(tensors, beside))
+        members.append({f"{split}_loss": mean_loss(s) for split, s in scores[-1].items()} | facts)
         curve = ensemble_curve(scores, c)
-        ensemble = curve[-1] if curve else {"val_loss": float("nan"), "n": 0}
-        log.metrics(member=k, val_loss=losses["val_loss"], train_loss=facts["train_loss"],
-                    ensemble_val_loss=ensemble["val_loss"])
-        log.say(f"member {k}/{c.num_models} done: val loss {losses['val_loss']:.4f}, ensemble of"
-                f" {ensemble['n']}: {ensemble['val_loss']:.4f}  ({minutes(facts['train_seconds'])})")
+        single, mixed = members[-1]["val_loss"], curve[-1]["val_loss"] if curve else float("nan")
+        log.metrics(member=k, val_loss=single, ensemble=len(curve), ensemble_val_loss=mixed)
+        log.say(f"member {k}/{c.num_models} done in {minutes(facts['train_seconds'])}: val loss"
+                f" {single:.4f}, ensemble of {len(curve)}: {mixed:.4f}")
     result = summarize(c, rt, data, trainer, members, curve, overrides, start)
-    log.say()
-    for line in table(c, result, folder):
+    for line in ("", *table(c, result), f"folder           {folder}"):
         log.say(line)
     if rt.rank == 0:
-        plot_progress(folder, members, curve)
-        show_sample(c, rt, log, data, folder, members)
         write_json(folder / "result.json", result)
+        with contextlib.suppress(ImportError):      # no matplotlib, or train_gpt.py on its own
+            from records.plot import plot_progress
+            plot_progress(result, folder / "progress.png")
+        for line in sample_lines(c, rt, data, folder, members):
+            log.say(line)
     log.file("RESULT " + json.dumps(result))
     rt.barrier()
     return result
 
 
-def write_json(path, value):
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
-
-
 def summarize(c, rt, data, trainer, members, curve, overrides, start):
     """The dict that becomes result.json. Its val_loss is the declared number of the run."""
     suffix = "_learned" if c.final_mixture == "learned" else ""
-    final, per_token = curve[-1], data.bytes_per_token.get("val")
-    val_loss, baseline = final["val_loss" + suffix], data.meta.get("baseline")
+    val_loss, bytes_per_token = curve[-1]["val_loss" + suffix], data.bytes_per_token.get("val")
+    baseline = data.meta.get("baseline")
     train_seconds = sum(m["train_seconds"] for m in members)
-    memory = torch.tensor([float(peak_memory(rt.device) or 0)], device=rt.device)
-    mfus = [m["mfu"] for m in members if m["mfu"]]
+    average = lambda key: sum(m[key] * m["train_seconds"] for m in members) / train_seconds
+    memory = torch.tensor([float(peak_memory(rt.device))], device=rt.device)
     return {
-        "track": c.track, "overrides": overrides, "seed": c.seed,
-        "val_loss": val_loss, "holdout_loss": final["holdout_loss" + suffix],
-        "val_bpb": per_token and val_loss / math.log(2) / per_token,
+        "track": c.track, "overrides": overrides, "seed": c.seed, "val_loss": val_loss,
+        "holdout_loss": curve[-1]["holdout_loss" + suffix],
+        "val_bpb": val_loss / math.log(2) / bytes_per_token if bytes_per_token else None,
         "final_mixture": c.final_mixture, "members": members, "ensemble": curve,
-        "data_efficiency": {**data_efficiency(val_loss, baseline, c.train_tokens),
-                            "curve": baseline},
+        "data_efficiency": data_efficiency(val_loss, baseline, c.train_tokens),
         "train_tokens": c.train_tokens, "train_seconds": round(train_seconds, 3),
         "wall_seconds": round(time.perf_counter() - start, 3),
         "compile_seconds": round(trainer.compile_seconds, 3),
         "eval_seconds": round(trainer.eval_seconds, 3),
-        "tokens_per_second": round(sum(m["tokens_per_second"] * m["train_seconds"]
-                                       for m in members) / train_seconds, 1),
-        "mfu": round(sum(mfus) / len(mfus), 4) if mfus else None,
-        "peak_memory_bytes": int(rt.gather(memory).max()),
-        "hardware": hardware_name(rt.device), "processes": rt.world, "torch": torch.__version__,
-        "commit": git_commit(), "data_sha256": data.hashes, "config": dataclasses.asdict(c)}
+        "tokens_per_second": round(average("tokens_per_second"), 1),
+        "mfu": round(average("mfu"), 4) if members[0]["mfu"] else None,
+        "peak_memory_bytes": int(rt.gather(memory).max()), "processes": rt.world,
+        "hardware": hardware_name(rt.device), "torch": torch.__version__, "commit": git_commit(),
+        "data_sha256": data.hashes, "config": dataclasses.asdict(c)}
 
 
-def table(c, result, folder):
+def table(c, result):
     """The final table, as lines."""
-    lines = [" n    member  ensemble   learned   holdout" if c.selection_tokens else
-             " n    member  ensemble             holdout"]
-    members = result["members"]
+    members, bpb, efficiency = result["members"], result["val_bpb"], result["data_efficiency"]
+    lines = [" n    member  ensemble   learned   holdout"]
     if not c.include_first:
-        lines.append(f" -  {members[0]['val_loss']:8.4f}   (left out: trained without a teacher)")
+        lines.append(f" -  {members[0]['val_loss']:8.4f}  (left out: it had no teacher)")
     for point in result["ensemble"]:
         single = members[point["n"] - c.include_first]["val_loss"]
-        learned = f"{point['val_loss_learned']:8.4f}" if "val_loss_learned" in point else " " * 8
-        lines.append(f"{point['n']:2d}  {single:8.4f}  {point['val_loss']:8.4f}  {learned}"
+        learned = point.get("val_loss_learned", float("nan"))
+        lines.append(f"{point['n']:2d}  {single:8.4f}  {point['val_loss']:8.4f}  {learned:8.4f}"
                      f"  {point['holdout_loss']:8.4f}")
-    bpb, eff = result["val_bpb"], result["data_efficiency"]
-    memory, mfu = result["peak_memory_bytes"], result["mfu"]
-    kinds = [f"{eff[kind]}{'' if eff[kind] == 'n/a' else 'x'} against the {name} baseline"
-             for kind, name in (("one_epoch", "one-epoch"), ("tuned", "tuned"))]
+    multiples = [f"{efficiency[kind]}{'' if efficiency[kind] == 'n/a' else 'x'} of the {name}"
+                 " baseline" for kind, name in (("one_epoch", "one-epoch"), ("tuned", "tuned"))]
+    seconds = [f"{minutes(result[kind + '_seconds'])} {word}" for kind, word in (
+        ("train", "training"), ("compile", "compiling"), ("eval", "evaluating"), ("wall", "in all"))]
     return lines + [
-        "",
-        f"result           val loss {result['val_loss']:.4f} ({c.final_mixture} mixture), "
-        f"{f'{bpb:.4f}' if bpb else 'n/a'} bits per byte, holdout {result['holdout_loss']:.4f}",
-        f"data efficiency  {', '.join(kinds)}",
-        f"time             {minutes(result['train_seconds'])} training,"
-        f" {minutes(result['compile_seconds'])} compiling, {minutes(result['eval_seconds'])}"
-        f" evaluating, {minutes(result['wall_seconds'])} in all",
-        f"speed            {result['tokens_per_second']:,.0f} tokens/s, MFU"
-        f" {f'{mfu:.1%}' if mfu else 'n/a'}, peak memory {memory / 2 ** 20:,.0f} MiB",
-        f"folder           {folder}"]
-
-
-def plot_progress(folder, members, curve):
-    """progress.png: loss by number of members, if matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(figsize=(6, 4))
-    axes.plot(range(1, len(members) + 1), [m["val_loss"] for m in members], "o-", label="member")
-    shift = len(members) - len(curve)
-    axes.plot([p["n"] + shift for p in curve], [p["val_loss"] for p in curve], "s-",
-              label="ensemble")
-    axes.set(xlabel="members trained", ylabel="val loss (nats per token)")
-    axes.legend()
-    figure.savefig(folder / "progress.png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
+        "", f"result           val loss {result['val_loss']:.4f} ({c.final_mixture} mixture),"
+        f" {f'{bpb:.4f}' if bpb else 'n/a'} bits per byte, holdout {result['holdout_loss']:.4f}",
+        f"data efficiency  {', '.join(multiples)}",
+        f"time             {', '.join(seconds)}",
+        f"speed            {result['tokens_per_second']:,.0f} tokens/s, MFU {percent(result['mfu'])},"
+        f" peak memory {result['peak_memory_bytes'] / 2 ** 20:,.0f} MiB"]
 
 
 # ================================================================================================
@@ -1673,50 +1583,48 @@ def plot_progress(folder, members, curve):
 # ================================================================================================
 
 def load_encoding(c, meta):
-    """tiktoken.Encoding of the dataset, from its own ranks or GPT-2's. OSError if out of reach."""
+    """tiktoken.Encoding of the dataset, from its own ranks or GPT-2's (which tiktoken fetches)."""
     import tiktoken
     from tiktoken.load import load_tiktoken_bpe
     if "ranks" not in meta:
         return tiktoken.get_encoding("gpt2")
-    path = ROOT / c.dataset / meta["ranks"]
-    return tiktoken.Encoding(
-        meta["tokenizer"], pat_str=meta["pattern"],
-        mergeable_ranks=load_tiktoken_bpe(str(path), meta.get("ranks_sha256")),
-        special_tokens={meta.get("bos_text", "<|endoftext|>"): meta["bos_id"]})
+    ranks = load_tiktoken_bpe(str(ROOT / c.dataset / meta["ranks"]), meta.get("ranks_sha256"))
+    return tiktoken.Encoding(meta["tokenizer"], pat_str=meta["pattern"], mergeable_ranks=ranks,
+                             special_tokens={meta["bos_text"]: meta["bos_id"]})
 
 
 @torch.no_grad()
 def generate(model, tokens, count, temperature=0.8, seed=1):
-    """Continue the list `tokens` by `count` tokens, drawn at `temperature`; stops at BOS."""
+    """Continue the list `tokens` by `count` tokens, drawn at `temperature`; stops before BOS."""
     c, device, bos = model.config, model.wte.weight.device, tokens[0]
     random, loops = torch.Generator().manual_seed(seed), stages(model.config)[-1].loops
     for _ in range(count):
         context = torch.tensor([tokens[-c.seq_len:]], device=device)
         hidden = model.prepare(context.shape[1])(context, loops)[:, -1]
         p = torch.softmax(model.logits(hidden)[0].double().cpu() / temperature, dim=0)
-        tokens = tokens + [int(torch.multinomial(p, 1, generator=random))]
-        if tokens[-1] == bos:
+        token = int(torch.multinomial(p, 1, generator=random))
+        if token == bos:
             break
+        tokens = [*tokens, token]
     return tokens
 
 
-def show_sample(c, rt, log, data, folder, members, prompt="", count=120):
-    """A few lines of text from the member that is best on selection (on train without one)."""
+def sample_lines(c, rt, data, folder, members, prompt="", count=120):
+    """Lines of text from the member that is best on selection (on train if there is none)."""
     try:
         encoding = load_encoding(c, data.meta)
     except Exception as error:  # a missing package, file or network: the run is done all the same
-        return log.say(f"no sample: the tokenizer cannot be loaded ({type(error).__name__})")
+        return ["", f"no sample: the tokenizer cannot be loaded ({type(error).__name__})"]
     key = "selection_loss" if data.selection else "train_loss"
     best = min(range(len(members)), key=lambda i: members[i][key]) + 1
     with rt.device:
         model = GPT(c, rt.dtype, rt.attention).eval()
     model.load_state_dict(load_file(folder / "members" / f"{best:03d}.safetensors"))
     tokens = generate(model, [data.bos, *encoding.encode_ordinary(prompt)], count)
-    text = encoding.decode(tokens[1:]).split(encoding.decode([data.bos]))[0]
-    log.say(f"\nMember {best} writes (temperature 0.8):\n")
-    for paragraph in text.splitlines():
-        log.say("\n".join(textwrap.wrap(paragraph, 96, initial_indent="  ",
-                                        subsequent_indent="  ")))
+    paragraphs = encoding.decode(tokens[1:], errors="ignore").splitlines()
+    return ["", f"member {best} writes (temperature 0.8):", "", *(
+        textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="  ")
+        for text in paragraphs)]
 
 
 def sample(c, prompt):
@@ -1728,123 +1636,51 @@ def sample(c, prompt):
         raise UserError(f"{folder}: no finished run there; name one with --run_id=") from None
     c = Config(**{**result["config"], "runs_dir": c.runs_dir, "run_id": c.run_id})
     rt = start_runtime(c)
-    show_sample(c, rt, Log(folder, False, 0), load_dataset(c), folder, result["members"], prompt)
-
-
-# What `baseline` tries at each budget: (a) one epoch with the first weight decay; (b) ever more
-# epochs, each with all weight decays, until selection gets worse.
-BASELINE_MULTIPLES = (1, 2, 4, 8, 12, 16, 24)
-BASELINE_EPOCHS = (1, 2, 4, 8, 16)
-BASELINE_WEIGHT_DECAYS = (0.1, 1.0)
-
-
-def baseline(c, overrides):
-    """Measure the losses of plain single models by number of tokens, and store both curves.
-
-    Plain: the track's model and optimizer without teacher, dropout and the track's weight decay.
-    Runs already in runs/baseline_<track>/runs.jsonl are not repeated.
-    """
-    start, rt = time.perf_counter(), start_runtime(c)
-    plain = replace(c, num_models=1, kd_alpha=0.0, first_epochs=0, dropout=0.0)
-    folder, trainer, done = ROOT / c.runs_dir / f"baseline_{c.track}", None, {}
-    log = Log(folder, rt.rank == 0, c.log_seconds)
-    if (folder / "runs.jsonl").exists():
-        for line in (folder / "runs.jsonl").read_text().splitlines():
-            facts = json.loads(line)
-            done[facts["tokens"], facts["epochs"], facts["weight_decay"]] = facts
-    available = sum((path.stat().st_size - 4 * HEADER_INTS) // 2
-                    for path in (ROOT / c.dataset).glob("*_train_*.bin"))
-
-    def measure(tokens, epochs, wd):
-        nonlocal trainer
-        if (tokens, epochs, wd) in done:
-            return done[tokens, epochs, wd]
-        setting = replace(plain, train_tokens=tokens, num_epochs=epochs, weight_decay=wd)
-        data = load_dataset(setting)
-        trainer = trainer or Trainer(setting, rt, log, data)
-        trainer.c, trainer.data = setting, data
-        trainer.train_member(1)
-        facts = dict(tokens=tokens, epochs=epochs, weight_decay=wd)
-        for split in ("selection", "val"):
-            facts[split] = round(mean_loss(trainer.score(getattr(data, split))), 4)
-        log.say(" ".join(f"{k}:{v}" for k, v in facts.items()))
-        if rt.rank == 0:
-            with open(folder / "runs.jsonl", "a", encoding="utf-8") as file:
-                print(json.dumps(facts), file=file)
-        return facts
-
-    one_epoch, tuned, chosen = [], [], []
-    for tokens in (m * c.train_tokens for m in BASELINE_MULTIPLES):
-        if tokens > available:
-            break
-        best = None
-        for epochs in BASELINE_EPOCHS:
-            runs = [measure(tokens, epochs, wd) for wd in BASELINE_WEIGHT_DECAYS]
-            if epochs == 1:
-                one_epoch.append([tokens, runs[0]["val"]])
-            here = min(runs, key=lambda facts: facts["selection"])
-            if best and here["selection"] > best["selection"]:
-                break
-            best = here
-        tuned.append([tokens, best["val"]])
-        chosen.append(best)
-    meta = json.loads((ROOT / c.dataset / "meta.json").read_text(encoding="utf-8"))
-    meta["baseline"] = {
-        "one_epoch": one_epoch, "tuned": tuned, "tuned_settings": chosen,
-        "source": f"train_gpt.py baseline --track={c.track} "
-                  + " ".join(f"--{k}={v}" for k, v in overrides.items()),
-        "hardware": hardware_name(rt.device), "seconds": round(time.perf_counter() - start)}
-    if rt.rank == 0:
-        write_json(ROOT / c.dataset / "meta.json", meta)
-    log.say(f"one epoch {one_epoch}\ntuned     {tuned}\nstored in {c.dataset}/meta.json")
-
-
-def check(c):
-    """Validate settings, data and processes; print one line."""
-    data = load_dataset(c)
-    print(f"track {c.track}: settings and dataset {c.dataset} are sound"
-          f" ({sum(map(len, data.train)):,} training tokens)")
+    print("\n".join(sample_lines(c, rt, load_dataset(c), folder, result["members"], prompt)))
 
 
 COMMANDS = ("train", "baseline", "sample", "check")
 
 
+def dispatch(argv):
+    command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
+    refuse([(command not in COMMANDS, f"unknown command {command!r}; {nearest(command, COMMANDS)}")])
+    if {"--help", "-h"} & set(argv):
+        return print(help_text())
+    is_prompt = lambda argument: command == "sample" and argument.startswith("--prompt=")
+    prompt = "".join(argument.removeprefix("--prompt=") for argument in filter(is_prompt, argv))
+    track, overrides = parse_arguments([a for a in argv if not is_prompt(a)])
+    c = make_config(track, **overrides)
+    if command == "train":
+        run(c, overrides)
+    elif command == "baseline":
+        from records.baseline import measure_baseline
+        measure_baseline(sys.modules[__name__], c, overrides)
+    elif command == "sample":
+        sample(c, prompt)
+    else:
+        data = load_dataset(c)
+        print(f"settings of track {c.track} and dataset {c.dataset} are sound:"
+              f" {sum(map(len, data.train)):,} tokens to train on")
+
+
 def main(argv=None):
     """Run a command; returns the exit code: 0, or 2 for what a person can mend."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
-    if "--help" in argv or "-h" in argv or command == "help":
-        print(help_text())
-        return 0
     try:
-        if command not in COMMANDS:
-            raise UserError(f"unknown command {command!r}; {nearest(command, COMMANDS)}")
-        prompt = ""
-        if command == "sample":
-            prompt = "".join(a.partition("=")[2] for a in argv if a.startswith("--prompt="))
-            argv = [a for a in argv if not a.startswith("--prompt=")]
-        track, overrides = parse_arguments(argv)
-        c = make_config(track, **overrides)
-        if command == "train":
-            run(c, overrides)
-        elif command == "baseline":
-            baseline(c, overrides)
-        elif command == "sample":
-            sample(c, prompt)
-        else:
-            check(c)
+        dispatch(list(sys.argv[1:] if argv is None else argv))
+        return 0
     except (UserError, RuntimeError) as error:
-        is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not is_memory and not isinstance(error, UserError):
+        message = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message:
+            message = "out of memory; lower --device_batch_size, then --loss_chunk"
+        elif not isinstance(error, UserError):
             raise
         if os.environ.get("RANK", "0") == "0":
-            print("error: out of memory; lower --device_batch_size, then --loss_chunk" if is_memory
-                  else f"error: {error}", file=sys.stderr)
+            print(f"error: {message}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""The losses of plain single models by number of tokens: what data efficiency is read from.
+
+    python train_gpt.py baseline --track=cpu
+
+Plain: the track's model, optimizer and batch, one member, without teacher, dropout and the track's
+weight decay. At each budget D (multiples of the track's train_tokens, as far as the data goes):
+(a) one epoch with the usual weight decay, the first of WEIGHT_DECAYS; (b) the best on `selection`
+over all EPOCHS and WEIGHT_DECAYS. More epochs are tried at each D until selection gets worse. Both
+curves hold val losses and go into the dataset's meta.json. Every run is a line of
+runs/baseline_<track>/runs.jsonl and is not repeated when the command is started again.
+"""
+import json
+import time
+from dataclasses import replace
+
+MULTIPLES = (1, 2, 4, 8, 12, 16, 24)
+EPOCHS = (1, 2, 4, 8, 16)
+WEIGHT_DECAYS = (0.1, 1.0)
+
+
+def measure_baseline(t, c, overrides):
+    """Measure and store both curves of the dataset of config `c`. t: the module train_gpt."""
+    start, rt = time.perf_counter(), t.start_runtime(c)
+    folder, dataset = t.ROOT / c.runs_dir / f"baseline_{c.track}", t.ROOT / c.dataset
+    log, runs = t.Log(folder, rt.rank == 0, c.log_seconds), Runs(t, c, rt, folder)
+    runs.log = log
+    available = sum((path.stat().st_size - 4 * t.HEADER_INTS) // 2
+                    for path in dataset.glob("*_train_*.bin"))
+    one_epoch, chosen = [], []
+    for tokens in (multiple * c.train_tokens for multiple in MULTIPLES):
+        if tokens > available:
+            break
+        best = None
+        for epochs in EPOCHS:
+            here = [runs.measure(tokens, epochs, wd) for wd in WEIGHT_DECAYS]
+            if epochs == 1:
+                one_epoch.append([tokens, here[0]["val"]])
+            here = min(here, key=lambda facts: facts["selection"])
+            if best and here["selection"] > best["selection"]:
+                break
+            best = here
+        chosen.append(best)
+    tuned = [[best["tokens"], best["val"]] for best in chosen]
+    if rt.rank == 0:
+        meta = json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
+        meta["baseline"] = {
+            "one_epoch": one_epoch, "tuned": tuned, "tuned_settings": chosen,
+            "source": " ".join([f"train_gpt.py baseline --track={c.track}",
+                                *(f"--{k}={v}" for k, v in overrides.items())]),
+            "hardware": t.hardware_name(rt.device)}
+        t.write_json(dataset / "meta.json", meta)
+    log.say(f"one epoch  {one_epoch}\ntuned      {tuned}\nstored in {dataset / 'meta.json'} after"
+            f" {t.minutes(time.perf_counter() - start)}")
+
+
+class Runs:
+    """Trains plain models with one compiled trainer and remembers what was measured."""
+
+    def __init__(self, t, c, rt, folder):
+        self.t, self.rt, self.path, self.trainer, self.log = t, rt, folder / "runs.jsonl", None, None
+        self.plain = replace(c, num_models=1, kd_alpha=0.0, first_epochs=0, dropout=0.0)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.done = {(run["tokens"], run["epochs"], run["weight_decay"]): run
+                     for run in map(json.loads, lines)}
+
+    def measure(self, tokens, epochs, wd):
+        """{tokens, epochs, weight_decay, selection, val} of a plain model, trained if need be."""
+        if (tokens, epochs, wd) in self.done:
+            return self.done[tokens, epochs, wd]
+        t, setting = self.t, replace(self.plain, train_tokens=tokens, num_epochs=epochs,
+                                     weight_decay=wd)
+        data = t.load_dataset(setting)
+        self.trainer = self.trainer or t.Trainer(setting, self.rt, self.log, data)
+        self.trainer.c, self.trainer.data = setting, data
+        self.trainer.train_member(1)
+        run = dict(tokens=tokens, epochs=epochs, weight_decay=wd)
+        for split in ("selection", "val"):
+            run[split] = round(t.mean_loss(self.trainer.score(getattr(data, split))), 4)
+        self.done[tokens, epochs, wd] = run
+        self.log.say(" ".join(f"{k}:{v}" for k, v in run.items()))
+        if self.rt.rank == 0:
+            with open(self.path, "a", encoding="utf-8") as file:
+                print(json.dumps(run), file=file)
+        return run
