@@ -15,9 +15,7 @@ Rules of a record: the result is one number declared in advance (the mixture of 
 their last step), never a minimum over evaluations. Choices are made on `selection`, whole documents
 cut from the training budget; `val` is for comparison between runs, `holdout` is scored once, at the
 end. The log begins with this source and reproduces the run.
-
-Read from top to bottom: config, runtime, data, model, loss, optimizer, schedules, evaluation,
-one member, the run, the commands. This file stays below 1,600 lines.
+This file is read from top to bottom and stays below 1,600 lines.
 """
 import contextlib
 import dataclasses
@@ -44,11 +42,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-# ================================================================================================
-# Config and tracks
-# ================================================================================================
-
+# ==== Config and tracks =========================================================================
 ROOT = Path(__file__).resolve().parent
 
 
@@ -79,6 +75,7 @@ class Config:
     device: str = opt("auto", "cuda, mps or cpu; auto: the first of them that is there")
     dtype: str = opt("auto", "bfloat16 or float32, of matrix products; auto: bfloat16 if fast")
     compile: bool = opt(True, "use torch.compile (where a compiler is found)")
+    prompt: str = opt("", "text that the command `sample` continues")
     log_steps: int = opt(5, "steps between readings of the loss, each a line of metrics.jsonl")
     log_seconds: float = opt(5.0, "seconds between progress lines when not on a terminal")
 
@@ -151,18 +148,15 @@ class Config:
 
     @property
     def mlp_dim(self):
-        multiple = self.mlp_multiple
-        return -(-8 * self.model_dim // (3 * multiple)) * multiple if self.swiglu else (
-            4 * self.model_dim)
+        units = -(-8 * self.model_dim // (3 * self.mlp_multiple))
+        return units * self.mlp_multiple if self.swiglu else 4 * self.model_dim
 
     def epochs_of(self, member):
-        """Epochs of member `member`, counted from 1."""
         return self.first_epochs if member == 1 and self.first_epochs else self.num_epochs
 
 
-# Only what differs from the defaults above. Sources: TRACKS["limited"] has the settings of the
-# NanoGPT Slowrun's 1-hour track; `cpu` was tuned on selection (records/EXPERIMENTS.md); `mini` is a
-# proportionate guess that nobody has tuned yet.
+# Only what differs from the defaults above. `limited` has the settings of the NanoGPT Slowrun's
+# 1-hour track, `cpu` was tuned on selection (records/EXPERIMENTS.md), `mini` is not tuned yet.
 TRACKS = {
     "cpu": dict(
         dataset="data/sample", vocab_size=2048, train_tokens=50_000, selection_tokens=5_000,
@@ -188,24 +182,30 @@ PRESETS = {
 }
 
 
-def nearest(name, names):
-    """' Did you mean ...?' for the closest of `names`, or the list of them."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else "there are: " + ", ".join(sorted(names))
+def known(name, names, kind):
+    """`name` if it is among `names`, else UserError with the closest of them."""
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else "there are: " + ", ".join(sorted(names))
+        raise UserError(f"unknown {kind} {name!r}; {hint}")
+    return name
 
 
 def make_config(track="cpu", **overrides):
-    """The Config of `track` with `overrides`. UserError for unknown names and bad values."""
-    if track not in TRACKS:
-        raise UserError(f"unknown track {track!r}; {nearest(track, TRACKS)}")
-    preset = overrides.get("preset", "")
-    if preset not in PRESETS:
-        raise UserError(f"unknown preset {preset!r}; {nearest(preset, PRESETS)}")
-    names = {f.name for f in fields(Config)}
-    for name in overrides:
-        if name not in names:
-            raise UserError(f"unknown field --{name}; {nearest(name, names)}")
-    config = Config(**{**TRACKS[track], **PRESETS[preset], **overrides, "track": track})
+    """The Config of `track` with `overrides` (values, or their text). UserError if unsound."""
+    types, preset = {f.name: type(f.default) for f in fields(Config)}, overrides.get("preset", "")
+    values = {**TRACKS[known(track, TRACKS, "track")], **PRESETS[known(preset, PRESETS, "preset")]}
+    for name, value in overrides.items():
+        kind = types[known(name, types, "field")]
+        if isinstance(value, str) and kind is not str:
+            try:
+                value = kind(value) if kind is not bool else {
+                    "true": True, "1": True, "false": False, "0": False}[value.lower()]
+            except (ValueError, KeyError):
+                words = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+                raise UserError(f"--{name}={value}: must be {words}") from None
+        values[name] = value
+    config = Config(**{**values, "track": track})
     check_config(config)
     return config
 
@@ -219,7 +219,8 @@ BELOW_ONE = ("dropout", "momentum", "momentum_start", "normuon_beta2")
 
 def check_config(c):
     """UserError, in one line, for values that cannot work."""
-    heads = [n for n in range(1, c.model_dim + 1) if c.model_dim % n == 0]
+    heads = sorted((n for n in range(1, c.model_dim + 1) if c.model_dim % n == 0),
+                   key=lambda n: abs(n - c.num_heads))
     problems = [(not math.isfinite(v), f"--{name}={v}: must be a finite number")
                 for name, v in vars(c).items() if type(v) is float]
     problems += [(v < (type(v) is int and name not in MAY_BE_ZERO), f"--{name}={v}: must be"
@@ -230,10 +231,10 @@ def check_config(c):
     problems += [(getattr(c, name) >= 1, f"--{name}={getattr(c, name)}: must be below 1")
                  for name in BELOW_ONE]
     problems += [
-        (c.num_heads not in heads, f"--num_heads={c.num_heads} does not divide --model_dim="
-         f"{c.model_dim}; the nearest that does: {nearest_number(c.num_heads, heads)}"),
-        (c.rope_base and c.model_dim // max(1, c.num_heads) % 2, f"--num_heads={c.num_heads}: rotary"
-         f" embeddings need an even width a head; --model_dim={c.model_dim} gives an odd one"),
+        (heads[0] != c.num_heads, f"--num_heads={c.num_heads} does not divide --model_dim="
+         f"{c.model_dim}; the nearest that does: {heads[0]}"),
+        (c.rope_base and c.model_dim // heads[0] % 2, f"--num_heads={c.num_heads}: rotary positions"
+         f" need an even width a head; --model_dim={c.model_dim} gives an odd one"),
         (c.model_dim < VALUE_GATE_CHANNELS, f"--model_dim={c.model_dim}: must be at least"
          f" {VALUE_GATE_CHANNELS}, the channels that the gates read"),
         (c.loop_count > 1 and not c.loop_start <= c.loop_end < c.num_layers, f"--loop_start="
@@ -252,29 +253,13 @@ def check_config(c):
     piecewise_linear(c.wd_schedule, 0.0)
 
 
-def nearest_number(wanted, numbers):
-    return min(numbers, key=lambda number: abs(number - wanted))
-
-
 def parse_arguments(argv):
-    """`--field=value` strings -> (track, overrides). Types are those of Config's defaults."""
-    types, overrides = {f.name: type(f.default) for f in fields(Config)}, {}
-    for argument in argv:
-        name, equals, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals:
-            raise UserError(f"{argument!r} is not --field=value (--help lists the fields)")
-        if name not in types:
-            raise UserError(f"unknown field --{name}; {nearest(name, types)}")
-        try:
-            if types[name] is bool:
-                overrides[name] = {"true": True, "1": True, "false": False, "0": False}[
-                    text.lower()]
-            else:
-                overrides[name] = types[name](text)
-        except (ValueError, KeyError):
-            kind = {bool: "true or false", int: "a whole number", float: "a number"}[types[name]]
-            raise UserError(f"--{name}={text}: must be {kind}") from None
-    return overrides.pop("track", "cpu"), overrides
+    """["--field=value", ...] -> {field: text of the value}."""
+    pairs = [argument.removeprefix("--").partition("=") for argument in argv]
+    refuse([(not argument.startswith("--") or not equals,
+             f"{argument!r} is not --field=value (--help lists the fields)")
+            for argument, (_, equals, _) in zip(argv, pairs)])
+    return {name: text for name, _, text in pairs}
 
 
 def help_text():
@@ -286,10 +271,7 @@ def help_text():
     return "\n".join(lines)
 
 
-# ================================================================================================
-# Runtime: processes, device, dtype, log
-# ================================================================================================
-
+# ==== Runtime: processes, device, dtype, log ====================================================
 # Dense bf16 peak of a device, FLOP/s, by a part of its name: NVIDIA's data sheets.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
               "A100": 312e12, "L40S": 362e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12}
@@ -325,25 +307,24 @@ class Runtime:
             dist.barrier()
 
     def synchronize(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        return torch.cuda.synchronize() if self.device.type == "cuda" else None
 
 
-# torch 2.13 renamed these two; the older names serve 2.11 and 2.12
+# torch 2.13 renamed these two
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def start_runtime(c):
     """Join the process group that torchrun announces, if any; choose device, dtype, attention."""
-    rank, local_rank, world, local_world = (int(os.environ.get(name, default)) for name, default in (
-        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
     kind, notes = c.device, []
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    world, local_world = (int(os.environ.get(n, 1)) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if kind == "auto":
         kind = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
     refuse([(kind == "cuda" and local_rank >= torch.cuda.device_count(),
-             f"--device=cuda: {local_world} process(es), {torch.cuda.device_count()} GPU(s) visible;"
+             f"--device=cuda: {local_world} process(es), {torch.cuda.device_count()} GPU(s) here;"
              " lower --nproc_per_node or use --device=cpu")])
     device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
@@ -366,21 +347,20 @@ def start_runtime(c):
     return Runtime(rank, world, device, dtype, attention, compiles, notes)
 
 
-def choose_attention(device, dtype, can_compile, notes):
+def choose_attention(device, dtype, compiles, notes):
     """FlashAttention 3 if it imports and a call succeeds, else what PyTorch ships."""
     if device.type != "cuda":
         return "sdpa"
+    path = "flex" if compiles else "sdpa"
     try:
         from flash_attn_interface import flash_attn_func
-        probe = torch.zeros(1, 128, 2, 128, device=device, dtype=torch.bfloat16)
+        probe = torch.zeros(1, 128, 2, 128, device=device, dtype=dtype)
         flash_attn_func(probe, probe, probe, causal=True, window_size=(63, 0))
         torch.cuda.synchronize()
-        if dtype == torch.bfloat16:
-            return "fa3"
-    except Exception as error:  # not installed, another architecture, a broken build
-        notes.append(f"attention no FlashAttention 3 ({type(error).__name__}),"
-                     f" using {'FlexAttention' if can_compile else 'SDPA with masks'}")
-    return "flex" if can_compile else "sdpa"
+        return "fa3"
+    except Exception as error:  # not installed, another architecture or dtype, a broken build
+        notes.append(f"attention {path}, as FlashAttention 3 fails ({type(error).__name__})")
+        return path
 
 
 def hardware_name(device):
@@ -418,17 +398,13 @@ class Log:
             self.text = open(folder / "log.txt", "w", encoding="utf-8")
             self.numbers = open(folder / "metrics.jsonl", "w", encoding="utf-8")
 
-    def file(self, text):
-        """Into log.txt only."""
+    def say(self, text, console=True):
+        """A line for log.txt and the console."""
         if self.active:
             print(text, file=self.text, flush=True)
-
-    def say(self, text=""):
-        """A line for the console and log.txt."""
-        if self.active:
+        if self.active and console:
             print(("\r\033[K" if self.live else "") + text, flush=True)
             self.live = False
-            self.file(text)
 
     def progress(self, text, always=False):
         """One line that rewrites itself on a terminal, else a line every few seconds."""
@@ -441,8 +417,7 @@ class Log:
     def metrics(self, **numbers):
         """`key:value` pairs for log.txt, one JSON line for metrics.jsonl."""
         if self.active:
-            self.file(" ".join(f"{k}:{v:.6g}" if isinstance(v, float) else f"{k}:{v}"
-                               for k, v in numbers.items()))
+            self.say(" ".join(f"{name}:{value:.6g}" for name, value in numbers.items()), False)
             print(json.dumps(numbers), file=self.numbers, flush=True)
 
 
@@ -456,10 +431,7 @@ def git_commit():
         return "unknown"
 
 
-# ================================================================================================
-# Data
-# ================================================================================================
-
+# ==== Data ======================================================================================
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256   # llm.c's and modded-nanogpt's shard format
 GPT2_VOCAB, GPT2_BOS = 50257, 50256              # what a header with zeros there means
 
@@ -544,10 +516,16 @@ def load_dataset(c):
         if not documents:
             raise UserError(f"{folder}: no {split} shards; get them with: python data/"
                             f"{'sample' if folder.name == 'sample' else 'fineweb'}.py")
-        refuse([(split == "train" and tokens < c.train_tokens, f"{folder}: {tokens:,} training tokens,"
-                 f" fewer than --train_tokens={c.train_tokens}; get more or lower it")])
+        refuse([(split == "train" and tokens < c.train_tokens, f"{folder}: {tokens:,} tokens in"
+                 f" train, fewer than --train_tokens={c.train_tokens}; get more or lower it")])
         splits[split] = documents
-    train, notes = without_overlap(folder, splits)
+    held_out = {document.tobytes() for document in splits["val"] + splits["holdout"]}
+    train = [document for document in splits["train"] if document.tobytes() not in held_out]
+    lost = len(splits["train"]) - len(train)
+    # a few exact duplicates are normal in web text, more mean that the splits are wrong
+    refuse([(lost > 0.005 * len(held_out), f"{folder}: {lost} documents of train are also in val or"
+             " holdout; the splits overlap, build the dataset again")])
+    notes = [f"data      {lost} documents of train left out: val or holdout has them"][:lost]
     for split in ("val", "holdout"):
         splits[split] = cut_documents(splits[split], c.eval_tokens or len(splits[split]) * 2 ** 31)
     train, selected = cut_documents(train, c.train_tokens), 0
@@ -559,27 +537,12 @@ def load_dataset(c):
                    hashes, per_token, notes)
 
 
-def without_overlap(folder, splits):
-    """Train documents that are in neither val nor holdout, and a note if any were left out.
-
-    A few exact duplicates are normal in web text; more than 0.5 % mean that the splits are wrong.
-    """
-    held_out = {document.tobytes() for split in ("val", "holdout") for document in splits[split]}
-    train = [document for document in splits["train"] if document.tobytes() not in held_out]
-    lost = len(splits["train"]) - len(train)
-    refuse([(lost > 0.005 * len(held_out), f"{folder}: {lost} documents of train are also in val or"
-             " holdout; the splits overlap, build the dataset again")])
-    return train, [f"data      {lost} documents of train left out: val or holdout has them"] * (
-        lost > 0)
-
-
 class Rows:
     """The rows that a member trains on, as one endless sequence cut into steps.
 
     Every epoch permutes the documents, lays them end to end, cuts rows of seq_len + 1 tokens that
-    overlap by one (so that each token is predicted exactly once), and permutes the rows. Rows that
-    do not fill an epoch's last step are carried over into the next epoch; only the very last step
-    may be smaller. `step(s)` depends on nothing but the arguments and s, whatever the world size.
+    overlap by one (so that each token is predicted once), and permutes the rows. Rows that do not
+    fill an epoch's last step are carried over; only the very last step may be smaller.
     """
 
     def __init__(self, documents, seq_len, batch_rows, num_epochs, seed, bos):
@@ -592,19 +555,16 @@ class Rows:
 
     def load(self, epoch):
         """Shuffle and cut `epoch`, unless it is the present one."""
-        if epoch == self.epoch:
-            return
-        random = np.random.default_rng((self.seed, epoch))
-        self.stream = np.concatenate([self.documents[i] for i in
-                                      random.permutation(len(self.documents))])
-        self.order = random.permutation(self.rows_per_epoch)
-        self.epoch = epoch
+        if epoch != self.epoch:
+            random, documents = np.random.default_rng((self.seed, epoch)), self.documents
+            order = random.permutation(len(documents))
+            self.stream = np.concatenate([documents[i] for i in order])
+            self.order, self.epoch = random.permutation(self.rows_per_epoch), epoch
 
     def step(self, step):
         """inputs, targets: int64 [batch_rows, seq_len]. Target -1: nothing is predicted there."""
-        first = step * self.batch_rows
-        inputs = np.full((self.batch_rows, self.seq_len), self.bos, dtype=np.int64)
-        targets = np.full((self.batch_rows, self.seq_len), -1, dtype=np.int64)
+        first, shape = step * self.batch_rows, (self.batch_rows, self.seq_len)
+        inputs, targets = np.full(shape, self.bos), np.full(shape, -1)
         for i, row in enumerate(range(first, min(first + self.batch_rows, self.total_rows))):
             self.load(row // self.rows_per_epoch)
             start = self.order[row % self.rows_per_epoch] * self.seq_len
@@ -617,10 +577,7 @@ class Rows:
         return step * self.batch_rows / self.rows_per_epoch
 
 
-# ================================================================================================
-# Model
-# ================================================================================================
-
+# ==== Model =====================================================================================
 GATE_CHANNELS, VALUE_GATE_CHANNELS = 12, 32   # of the residual stream, that the gates read
 
 
@@ -631,7 +588,6 @@ class Stage(NamedTuple):
 
 
 def stages(c):
-    """The stages of a member's training, in order."""
     return [Stage(0, 1), Stage(c.loop_from_epoch, c.loop_count)][:1 + (c.loop_count > 1)]
 
 
@@ -656,14 +612,12 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),))
 
 
-class Linear(nn.Linear):
-    """No bias; fp32 weights, cast to the dtype of the input."""
+class Linear(nn.Module):
+    """x W^T without bias; fp32 weights [out, in], cast to the dtype of x."""
 
     def __init__(self, in_features, out_features):
-        super().__init__(in_features, out_features, bias=False)
-
-    def reset_parameters(self):
-        pass                    # GPT.init_weights does it
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
@@ -676,18 +630,13 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, window, mask, path):
-    """Causal attention of q, k, v [B, T, H, Dh]; a query sees `window` keys, itself included.
-
-    mask: what the path needs beside the window (a block mask, a boolean [T, T], or None if the
-    window is the whole row).
-    """
+    """Causal attention, q, k, v [B, T, H, Dh]; a query sees `window` keys. mask: of make_mask."""
     if path == "fa3":
         from flash_attn_interface import flash_attn_func
         y = flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
         return y[0] if isinstance(y, tuple) else y
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if path == "flex":
-        from torch.nn.attention.flex_attention import flex_attention
         y = flex_attention(q, k, v, block_mask=mask)
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -699,7 +648,6 @@ def make_mask(window, length, device, path):
     if path == "fa3" or (path == "sdpa" and window >= length):
         return None
     if path == "flex":
-        from torch.nn.attention.flex_attention import create_block_mask
         return create_block_mask(lambda b, h, q, k: (k <= q) & (q - k < window), None, None,
                                  length, length, device=device)
     position = torch.arange(length, device=device)
@@ -791,27 +739,25 @@ class GPT(nn.Module):
     def init_weights(self, seed):
         """Fill every parameter, by name, from `seed`; the same values on all ranks."""
         c, random = self.config, torch.Generator(self.wte.weight.device).manual_seed(seed)
+        normal = lambda std: lambda p: p.normal_(0, std, generator=random)
+        constant = lambda value: lambda p: p.fill_(value)
+        unit_gain = lambda p: p.uniform_(-1, 1, generator=random).mul_((3 / p.shape[1]) ** 0.5)
+        table = (
+            (r"wte\.weight", normal(1)),
+            (r"head\.weight", normal(0.001)),
+            (r"resid_lambdas", constant(c.resid_init)),
+            (r"x0_lambdas", constant(c.x0_init)),
+            (r"skip_lambdas", constant(1)),
+            (r".*attn\.(value_)?gate\.weight", constant(0)),
+            (r".*\.([qkv]|fc)\.weight|.*mlp\.gate\.weight", unit_gain),
+            (r"(value_projs\.\d+|mtp_proj)\.weight", unit_gain),
+            (r".*\.proj\.weight",       # normal: -0.007 over zero (slowrun #59)
+             normal(c.model_dim ** -0.5) if c.proj_init == "normal" else constant(0)))
         for name, p in self.named_parameters():
-            if re.search(r"attn\.(value_)?gate", name):
-                p.zero_()
-            elif name == "wte.weight":
-                p.normal_(0, 1, generator=random)
-            elif name == "head.weight":
-                p.normal_(0, 0.001, generator=random)
-            elif name.endswith("resid_lambdas"):
-                p.fill_(c.resid_init)
-            elif name.endswith("x0_lambdas"):
-                p.fill_(c.x0_init)
-            elif name.endswith("skip_lambdas"):
-                p.fill_(1)
-            elif name.endswith(".proj.weight"):  # normal: -0.007 over zero (slowrun #59)
-                p.normal_(0, c.model_dim ** -0.5 if c.proj_init == "normal" else 0,
-                          generator=random)
-            elif re.search(r"(\.[qkv]|\.gate|\.fc|value_projs\.\d+|mtp_proj)\.weight$", name):
-                bound = (3 / p.shape[1]) ** 0.5  # std 1/sqrt(fan_in)
-                p.uniform_(-bound, bound, generator=random)
-            else:
-                raise ValueError(f"no initialization for parameter {name}")
+            rules = [fill for pattern, fill in table if re.fullmatch(pattern, name)]
+            if len(rules) != 1:
+                raise ValueError(f"parameter {name} has {len(rules)} initializations")
+            rules[0](p)
         return self
 
     def prepare(self, length):
@@ -869,26 +815,22 @@ def flops_per_token(c, stage):
 
     A layer that is run k times counts k times; the MTP block and its use of the head count too.
     """
-    def attention(window):      # 12 D keys; the mean number of keys over the row's positions
-        keys = (window * (window + 1) / 2 + (c.seq_len - window) * window) / c.seq_len
-        return 12 * c.model_dim * keys
-
+    # the mean number of keys over a row's positions; each costs 12 D
+    keys = lambda window: (window * (window + 1) / 2 + (c.seq_len - window) * window) / c.seq_len
     with torch.device("meta"):
         model = GPT(c)
     size = lambda module: sum(p.numel() for p in module.parameters())
-    head, total, spans = model.head.weight.numel(), 0, windows(c)
+    total = 6 * size(model.head)
     for i in layer_order(c, stage.loops):
         value = size(model.value_projs[str(i)]) if str(i) in model.value_projs else 0
-        total += 6 * (size(model.blocks[i]) + value) + attention(spans[i])
+        total += 6 * (size(model.blocks[i]) + value) + 12 * c.model_dim * keys(model.windows[i])
     if c.mtp_weight:
-        total += 6 * (size(model.mtp_block) + size(model.mtp_proj) + head) + attention(c.seq_len)
-    return total + 6 * head
+        total += 6 * sum(map(size, (model.mtp_block, model.mtp_proj, model.head)))
+        total += 12 * c.model_dim * keys(c.seq_len)
+    return total
 
 
-# ================================================================================================
-# Loss
-# ================================================================================================
-
+# ==== Loss ======================================================================================
 def widen(x):
     """bf16 and fp16 to fp32; fp32 and fp64 as they are."""
     return x if x.dtype == torch.float64 else x.float()
@@ -933,9 +875,8 @@ def loss_chunk(h, w, y, teacher_h, teacher_w, alpha, temperature, softcap, vocab
 class ChunkedLoss(torch.autograd.Function):
     """Head, softcap, CE and KL over chunks of tokens, with the gradients made in the forward.
 
-    So no [tokens, vocabulary] tensor of the micro-batch ever exists; the idea is Liger Kernel's
-    fused linear cross-entropy. Returns (loss, ce, kl), sums over the counted tokens; only the loss
-    has a gradient, with respect to hidden [N, D] and weight [V, D].
+    No [tokens, vocabulary] tensor of the micro-batch ever exists (as in Liger Kernel). Returns sums
+    (loss, ce, kl) over the counted tokens; the loss has gradients for hidden [N, D], weight [V, D].
     """
 
     @staticmethod
@@ -945,8 +886,8 @@ class ChunkedLoss(torch.autograd.Function):
         ce = kl = torch.zeros((), device=hidden.device, dtype=widen(hidden[:0]).dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight)
-        for part in torch.arange(len(hidden)).split(chunk):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
             teacher = teacher_hidden[rows] if teacher_hidden is not None else None
             chunk_ce, chunk_kl, grad_hidden[rows], grad_w = chunk_function(
                 hidden[rows], w, targets[rows], teacher, teacher_weight, alpha, temperature,
@@ -970,10 +911,7 @@ def target_logprobs(hidden, weight, targets, softcap, vocab):
     return logp.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
 
 
-# ================================================================================================
-# Optimizer
-# ================================================================================================
-
+# ==== Optimizer =================================================================================
 # Coefficients of five steps of Polar Express (Amsel et al., arXiv 2505.16932) for singular values
 # in [1e-3, 1], as modded-nanogpt and slowrun use them.
 POLAR_EXPRESS = (
@@ -1086,9 +1024,8 @@ class MuonAdamW:
     @torch.no_grad()
     def step(self, lr_multiplier=1.0, wd_multiplier=1.0, momentum=None):
         """One update from the parameters' .grad, which it clears."""
-        self.steps += 1
-        momentum = self.config.momentum if momentum is None else momentum
-        reductions, gathers = [], []
+        c, reductions, gathers, self.steps = self.config, [], [], self.steps + 1
+        momentum = c.momentum if momentum is None else momentum
         for group in self.groups:
             whole = group.slice([p.grad for p in group.params], 0, group.whole)
             reductions.append(self.scatter(whole, group.share))
@@ -1099,7 +1036,11 @@ class MuonAdamW:
                 handle.wait()
             lr, wd = group.lr * lr_multiplier, group.wd * wd_multiplier
             share = group.slice(group.params, group.first, group.share)
-            self.update(group, share, grad, lr, wd, momentum)
+            if group.kind == "adamw":
+                adamw_update(share, grad, group.m, group.v, self.steps, lr, wd, *group.betas)
+            else:
+                muon_update(share, grad, group.m, group.v, lr, wd, momentum, c.normuon_beta2,
+                            c.muon_eq, c.cautious, self.dtype)
             gathers.append(self.gather(share))
         for group, (whole, handle) in zip(self.groups, gathers):
             if handle is not None:
@@ -1107,14 +1048,6 @@ class MuonAdamW:
             updated = whole if group.kind == "muon" else [whole[:len(group.params[0])]]
             for p, new in zip(group.params, updated):
                 p.copy_(new)
-
-    def update(self, group, share, grad, lr, wd, momentum):
-        c = self.config
-        if group.kind == "adamw":
-            adamw_update(share, grad, group.m, group.v, self.steps, lr, wd, *group.betas)
-        else:
-            muon_update(share, grad, group.m, group.v, lr, wd, momentum, c.normuon_beta2,
-                        c.muon_eq, c.cautious, self.dtype)
 
     def scatter(self, whole, share):
         """(this rank's share of the sum of `whole` over ranks, a handle to wait for or None)."""
@@ -1130,10 +1063,7 @@ class MuonAdamW:
         return whole, all_gather(whole, share.contiguous(), async_op=True)
 
 
-# ================================================================================================
-# Schedules: pure functions of progress, the fraction of a member's steps already done
-# ================================================================================================
-
+# ==== Schedules: pure functions of progress, the fraction of steps done =========================
 def lr_multiplier(c, progress):
     """Linear warmup, flat, then ((1 - progress) / warmdown) ** power down to the floor."""
     if progress < c.lr_warmup:
@@ -1158,10 +1088,7 @@ def momentum_at(c, step):
     return c.momentum_start + (c.momentum - c.momentum_start) * done
 
 
-# ================================================================================================
-# Evaluation and ensemble
-# ================================================================================================
-
+# ==== Evaluation and ensemble ===================================================================
 def mean_loss(logp):
     """Nats per token of log p(target) [n], summed in fp64."""
     return -float(np.mean(logp, dtype=np.float64))
@@ -1231,23 +1158,18 @@ def equivalent_tokens(loss, curve):
 def data_efficiency(loss, baseline, train_tokens):
     """{one_epoch, tuned, curve}: multiples of train_tokens, numbers or strings like "> 12.4"."""
     result = {"one_epoch": "n/a", "tuned": "n/a", "curve": baseline}
-    for kind, curve in (baseline or {}).items():
-        if kind in ("one_epoch", "tuned"):
-            tokens, sign = equivalent_tokens(loss, curve)
-            multiple = round(tokens / train_tokens, 2)
-            result[kind] = f"{sign} {multiple}" if sign else multiple
+    for kind in {"one_epoch", "tuned"} & set(baseline or ()):
+        tokens, sign = equivalent_tokens(loss, baseline[kind])
+        multiple = round(tokens / train_tokens, 2)
+        result[kind] = f"{sign} {multiple}" if sign else multiple
     return result
 
 
-# ================================================================================================
-# One member
-# ================================================================================================
-
+# ==== One member ================================================================================
 class Trainer:
     """The models, compiled functions and clocks that all members of a run share.
 
-    There is one student and one teacher, into which weights are copied, so that nothing is
-    compiled again for another member.
+    Weights are copied into one student and one teacher, so another member compiles nothing anew.
     """
 
     def __init__(self, c, rt, log, data):
@@ -1267,18 +1189,15 @@ class Trainer:
     @contextlib.contextmanager
     def first_time(self, *key):
         """Clocks what runs under a new key as compilation; yields whether the key is new."""
-        new = key not in self.seen
-        if new:
-            self.seen.add(key)
-            self.rt.synchronize()
-            start = time.perf_counter()
+        new, start = key not in self.seen, time.perf_counter()
         yield new
         if new:
+            self.seen.add(key)
             self.rt.synchronize()
             self.compile_seconds += time.perf_counter() - start
 
     def loss(self, hidden, targets, teacher, alpha):
-        """ChunkedLoss of hidden [B, T, D]; teacher: hidden states [B, T, D] of the teacher or None."""
+        """ChunkedLoss of hidden [B, T, D]; teacher: the teacher's hidden states, or None."""
         c, teacher_weight = self.c, None
         if teacher is not None:
             teacher = teacher.flatten(0, 1)
@@ -1314,10 +1233,7 @@ class Trainer:
         return sums
 
     def train_member(self, k, teacher_weights=None):
-        """Train member k (from 1) from scratch, with a teacher if its weights are given.
-
-        The weights are then in self.model. Returns Meter.facts().
-        """
+        """Train member k (from 1) in self.model, by a teacher if given; returns Meter.facts()."""
         c, rt, distill = self.c, self.rt, teacher_weights is not None and bool(self.c.kd_alpha)
         member_seed = 1000 * c.seed + k
         self.model.init_weights(member_seed).train()
@@ -1334,8 +1250,8 @@ class Trainer:
             inputs, targets = rows.step(step)
             with self.first_time("step", loops, distill) as new:
                 sums = self.gradients(inputs, targets, loops, distill)
-                optimizer.step(lr_multiplier(c, progress), piecewise_linear(c.wd_schedule, progress),
-                               momentum_at(c, step))
+                optimizer.step(lr_multiplier(c, progress),
+                               piecewise_linear(c.wd_schedule, progress), momentum_at(c, step))
             meter.update(step, sums, loops, new)
         rt.synchronize()
         return meter.facts()
@@ -1344,8 +1260,7 @@ class Trainer:
     def score(self, documents):
         """log p(target) of all tokens but the first of `documents`, laid end to end: fp32 [n - 1].
 
-        Rows overlap by one token, so that each is scored exactly once, and are shared out evenly;
-        the answer does not depend on the number of ranks or on the micro-batch.
+        Rows overlap by one token, so that each is scored exactly once, whatever the world size.
         """
         c, rt, start = self.c, self.rt, time.perf_counter()
         self.model.eval()
@@ -1404,7 +1319,7 @@ class Meter:
             raise UserError(f"member {k}, step {step + 1}: the loss is {self.loss}; lower"
                             " --matrix_lr, --embed_lr or --head_lr")
         facts, epoch = self.facts(), min(rows.epoch_of(step + 1), c.epochs_of(k))
-        speed, mfu = facts["tokens_per_second"], facts["mfu"]
+        speed = facts["tokens_per_second"]
         self.trainer.log.metrics(
             member=k, step=step + 1, epoch=round(epoch, 3), train_loss=self.loss, kl=kl,
             lr_multiplier=lr_multiplier(c, step / rows.num_steps), tokens_per_second=speed,
@@ -1416,8 +1331,8 @@ class Meter:
         self.trainer.log.progress(
             f"member {k}/{c.num_models}  step {step + 1}/{rows.num_steps}  epoch {epoch:.1f}/"
             f"{c.epochs_of(k)}  loss {self.loss:.3f}{f'  kl {kl:.3f}' if kl else ''}  {speed:,.0f}"
-            f" tok/s  MFU {percent(mfu)}  left {minutes(left)}, run {minutes(left + later)}",
-            always=last)
+            f" tok/s  MFU {percent(facts['mfu'])}  left {minutes(left)}, run"
+            f" {minutes(left + later)}", always=last)
 
 
 def percent(fraction):
@@ -1428,10 +1343,7 @@ def minutes(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-# ================================================================================================
-# The run
-# ================================================================================================
-
+# ==== The run ===================================================================================
 def micro_batch_rows(c, rt):
     """Rows of a micro-batch. UserError if the batch cannot be shared out evenly."""
     micro = max(1, min(c.device_batch_size, c.batch_rows // rt.world))
@@ -1443,13 +1355,13 @@ def micro_batch_rows(c, rt):
 
 
 def announce(c, rt, log, data, model, overrides):
-    """Log what reproduces the run: source, versions, settings; tell what is about to run and why."""
+    """Log what reproduces the run (source, versions, settings); tell what is about to run."""
     facts = dict(commit=git_commit(), python=platform.python_version(), torch=torch.__version__,
                  numpy=np.__version__, hardware=hardware_name(rt.device), processes=rt.world,
                  data_sha256=data.hashes, overrides=overrides, config=dataclasses.asdict(c))
-    log.file(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100)
+    log.say(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100, console=False)
     for key, value in facts.items():
-        log.file(f"{key}:{json.dumps(value)}")
+        log.say(f"{key}:{json.dumps(value)}", console=False)
     rows = Rows(data.train, c.seq_len, c.batch_rows, c.num_epochs, 0, data.bos)
     size, blocks = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.blocks))
     flops = " then ".join(f"{flops_per_token(c, stage):.4g}" for stage in stages(c))
@@ -1458,11 +1370,11 @@ def announce(c, rt, log, data, model, overrides):
     micro = micro_batch_rows(c, rt)
     for line in (
             f"track     {c.track}: {c.num_models} model(s) x {c.num_epochs} epochs{chain}",
-            f"data      {c.dataset}: {rows.tokens:,} tokens an epoch in {len(data.train)} documents,"
+            f"data      {c.dataset}: {rows.tokens:,} tokens an epoch ({len(data.train)} documents),"
             f" {sum(map(len, data.selection)):,} for selection; val {sum(map(len, data.val)):,},"
             f" holdout {sum(map(len, data.holdout)):,}",
-            f"model     {size:.4g}M parameters, {blocks:.4g}M in {c.num_layers} blocks of width"
-            f" {c.model_dim}; {flops} FLOPs a token",
+            f"model     {size:.4g}M parameters ({blocks:.4g}M in {c.num_layers} blocks, width"
+            f" {c.model_dim}), {flops} FLOPs a token",
             f"steps     {rows.num_steps:,} a member: {c.batch_rows} rows x {c.seq_len} ="
             f" {c.batch_rows * c.seq_len:,} tokens a step, on {rt.world} process(es) in"
             f" {c.batch_rows // rt.world // micro} micro-batch(es) of {micro} rows",
@@ -1524,7 +1436,7 @@ def run(c, overrides):
             plot_progress(result, folder / "progress.png")
         for line in sample_lines(c, rt, data, folder, members):
             log.say(line)
-    log.file("RESULT " + json.dumps(result))
+    log.say("RESULT " + json.dumps(result), console=False)
     rt.barrier()
     return result
 
@@ -1536,7 +1448,7 @@ def summarize(c, rt, data, trainer, members, curve, overrides, start):
     baseline = data.meta.get("baseline")
     train_seconds = sum(m["train_seconds"] for m in members)
     average = lambda key: sum(m[key] * m["train_seconds"] for m in members) / train_seconds
-    memory = torch.tensor([float(peak_memory(rt.device))], device=rt.device)
+    memory = rt.gather(torch.tensor([float(peak_memory(rt.device))], device=rt.device))
     return {
         "track": c.track, "overrides": overrides, "seed": c.seed, "val_loss": val_loss,
         "holdout_loss": curve[-1]["holdout_loss" + suffix],
@@ -1549,7 +1461,7 @@ def summarize(c, rt, data, trainer, members, curve, overrides, start):
         "eval_seconds": round(trainer.eval_seconds, 3),
         "tokens_per_second": round(average("tokens_per_second"), 1),
         "mfu": round(average("mfu"), 4) if members[0]["mfu"] else None,
-        "peak_memory_bytes": int(rt.gather(memory).max()), "processes": rt.world,
+        "peak_memory_bytes": int(memory.max()), "processes": rt.world,
         "hardware": hardware_name(rt.device), "torch": torch.__version__, "commit": git_commit(),
         "data_sha256": data.hashes, "config": dataclasses.asdict(c)}
 
@@ -1567,21 +1479,18 @@ def table(c, result):
                      f"  {point['holdout_loss']:8.4f}")
     multiples = [f"{efficiency[kind]}{'' if efficiency[kind] == 'n/a' else 'x'} of the {name}"
                  " baseline" for kind, name in (("one_epoch", "one-epoch"), ("tuned", "tuned"))]
-    seconds = [f"{minutes(result[kind + '_seconds'])} {word}" for kind, word in (
-        ("train", "training"), ("compile", "compiling"), ("eval", "evaluating"), ("wall", "in all"))]
+    seconds = [f"{minutes(result[f'{kind}_seconds'])} {name}" for kind, name in (
+        ("train", "train"), ("compile", "compile"), ("eval", "evaluate"), ("wall", "in all"))]
     return lines + [
         "", f"result           val loss {result['val_loss']:.4f} ({c.final_mixture} mixture),"
         f" {f'{bpb:.4f}' if bpb else 'n/a'} bits per byte, holdout {result['holdout_loss']:.4f}",
         f"data efficiency  {', '.join(multiples)}",
         f"time             {', '.join(seconds)}",
-        f"speed            {result['tokens_per_second']:,.0f} tokens/s, MFU {percent(result['mfu'])},"
-        f" peak memory {result['peak_memory_bytes'] / 2 ** 20:,.0f} MiB"]
+        f"speed            {result['tokens_per_second']:,.0f} tokens/s, MFU"
+        f" {percent(result['mfu'])}, peak memory {result['peak_memory_bytes'] / 2 ** 20:,.0f} MiB"]
 
 
-# ================================================================================================
-# Commands beyond training
-# ================================================================================================
-
+# ==== Commands beyond training ==================================================================
 def load_encoding(c, meta):
     """tiktoken.Encoding of the dataset, from its own ranks or GPT-2's (which tiktoken fetches)."""
     import tiktoken
@@ -1609,7 +1518,7 @@ def generate(model, tokens, count, temperature=0.8, seed=1):
     return tokens
 
 
-def sample_lines(c, rt, data, folder, members, prompt="", count=120):
+def sample_lines(c, rt, data, folder, members, count=120):
     """Lines of text from the member that is best on selection (on train if there is none)."""
     try:
         encoding = load_encoding(c, data.meta)
@@ -1620,23 +1529,23 @@ def sample_lines(c, rt, data, folder, members, prompt="", count=120):
     with rt.device:
         model = GPT(c, rt.dtype, rt.attention).eval()
     model.load_state_dict(load_file(folder / "members" / f"{best:03d}.safetensors"))
-    tokens = generate(model, [data.bos, *encoding.encode_ordinary(prompt)], count)
+    tokens = generate(model, [data.bos, *encoding.encode_ordinary(c.prompt)], count)
     paragraphs = encoding.decode(tokens[1:], errors="ignore").splitlines()
     return ["", f"member {best} writes (temperature 0.8):", "", *(
         textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="  ")
         for text in paragraphs)]
 
 
-def sample(c, prompt):
+def sample(c):
     """Print text of the best member of the finished run `c.run_id`."""
     folder = ROOT / c.runs_dir / c.run_id
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"{folder}: no finished run there; name one with --run_id=") from None
-    c = Config(**{**result["config"], "runs_dir": c.runs_dir, "run_id": c.run_id})
+    c = replace(Config(**result["config"]), prompt=c.prompt, device=c.device)
     rt = start_runtime(c)
-    print("\n".join(sample_lines(c, rt, load_dataset(c), folder, result["members"], prompt)))
+    print("\n".join(sample_lines(c, rt, load_dataset(c), folder, result["members"])))
 
 
 COMMANDS = ("train", "baseline", "sample", "check")
@@ -1644,24 +1553,21 @@ COMMANDS = ("train", "baseline", "sample", "check")
 
 def dispatch(argv):
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
-    refuse([(command not in COMMANDS, f"unknown command {command!r}; {nearest(command, COMMANDS)}")])
+    known(command, COMMANDS, "command")
     if {"--help", "-h"} & set(argv):
         return print(help_text())
-    is_prompt = lambda argument: command == "sample" and argument.startswith("--prompt=")
-    prompt = "".join(argument.removeprefix("--prompt=") for argument in filter(is_prompt, argv))
-    track, overrides = parse_arguments([a for a in argv if not is_prompt(a)])
-    c = make_config(track, **overrides)
+    arguments = parse_arguments(argv)
+    c = make_config(**arguments)
+    overrides = {name: getattr(c, name) for name in arguments if name != "track"}
     if command == "train":
         run(c, overrides)
     elif command == "baseline":
         from records.baseline import measure_baseline
         measure_baseline(sys.modules[__name__], c, overrides)
     elif command == "sample":
-        sample(c, prompt)
-    else:
-        data = load_dataset(c)
-        print(f"settings of track {c.track} and dataset {c.dataset} are sound:"
-              f" {sum(map(len, data.train)):,} tokens to train on")
+        sample(c)
+    elif load_dataset(c):
+        print(f"track {c.track}: settings and dataset {c.dataset} are sound")
 
 
 def main(argv=None):

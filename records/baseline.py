@@ -22,8 +22,8 @@ def measure_baseline(t, c, overrides):
     """Measure and store both curves of the dataset of config `c`. t: the module train_gpt."""
     start, rt = time.perf_counter(), t.start_runtime(c)
     folder, dataset = t.ROOT / c.runs_dir / f"baseline_{c.track}", t.ROOT / c.dataset
-    log, runs = t.Log(folder, rt.rank == 0, c.log_seconds), Runs(t, c, rt, folder)
-    runs.log = log
+    log = t.Log(folder, rt.rank == 0, c.log_seconds)
+    runs = Runs(t, c, rt, log, folder)
     available = sum((path.stat().st_size - 4 * t.HEADER_INTS) // 2
                     for path in dataset.glob("*_train_*.bin"))
     one_epoch, chosen = [], []
@@ -56,8 +56,9 @@ def measure_baseline(t, c, overrides):
 class Runs:
     """Trains plain models with one compiled trainer and remembers what was measured."""
 
-    def __init__(self, t, c, rt, folder):
-        self.t, self.rt, self.path, self.trainer, self.log = t, rt, folder / "runs.jsonl", None, None
+    def __init__(self, t, c, rt, log, folder):
+        self.t, self.rt, self.log, self.path = t, rt, log, folder / "runs.jsonl"
+        self.trainer = None
         self.plain = replace(c, num_models=1, kd_alpha=0.0, first_epochs=0, dropout=0.0)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.done = {(run["tokens"], run["epochs"], run["weight_decay"]): run
