@@ -2,20 +2,22 @@
 
     python train_gpt.py baseline --track=cpu
 
-Plain: the track's model, optimizer and batch, one member, without teacher, dropout and the track's
-weight decay. At each budget D (multiples of the track's train_tokens, as far as the data goes):
-(a) one epoch with the usual weight decay, the first of WEIGHT_DECAYS; (b) the best on `selection`
-over all EPOCHS and WEIGHT_DECAYS. More epochs are tried at each D until selection gets worse. Both
-curves hold val losses and go into the dataset's meta.json. Every run is a line of
-runs/baseline_<track>/runs.jsonl and is not repeated when the command is started again.
+Plain: the track's model, optimizer and batch, one member, without teacher and dropout. For budgets
+D, multiples of the track's train_tokens as far as the data goes: (a) one epoch with the usual
+weight decay; (b) the best on `selection` over epochs and weight decays, found by a search that
+begins at each D with what was best at the D before: fewer epochs while that helps, else more, then
+the other weight decays. Both curves hold val losses and go into the dataset's meta.json. Every run
+is a line of runs/baseline_<track>/runs.jsonl and is not repeated when the command is started again.
 """
 import json
 import time
 from dataclasses import replace
 
 MULTIPLES = (1, 2, 4, 8, 12, 16, 24)
-EPOCHS = (1, 2, 4, 8, 16)
-WEIGHT_DECAYS = (0.1, 1.0)
+TUNED_UP_TO = 12                        # the largest multiple for (b), which costs epochs times D
+USUAL_WEIGHT_DECAY = 0.1
+WEIGHT_DECAYS = (0.1, 1.0, 3.0)
+FIRST_GUESS = 8, 1.0                    # epochs and weight decay at the smallest D
 
 
 def measure_baseline(t, c, overrides):
@@ -26,20 +28,14 @@ def measure_baseline(t, c, overrides):
     runs = Runs(t, c, rt, log, folder)
     available = sum((path.stat().st_size - 4 * t.HEADER_INTS) // 2
                     for path in dataset.glob("*_train_*.bin"))
-    one_epoch, chosen = [], []
-    for tokens in (multiple * c.train_tokens for multiple in MULTIPLES):
-        if tokens > available:
-            break
-        best = None
-        for epochs in EPOCHS:
-            here = [runs.measure(tokens, epochs, wd) for wd in WEIGHT_DECAYS]
-            if epochs == 1:
-                one_epoch.append([tokens, here[0]["val"]])
-            here = min(here, key=lambda facts: facts["selection"])
-            if best and here["selection"] > best["selection"]:
-                break
-            best = here
-        chosen.append(best)
+    budgets = [(m, m * c.train_tokens) for m in MULTIPLES if m * c.train_tokens <= available]
+    one_epoch = [[tokens, runs.measure(tokens, 1, USUAL_WEIGHT_DECAY)["val"]]
+                 for _, tokens in budgets]
+    chosen, guess = [], FIRST_GUESS
+    for multiple, tokens in budgets:
+        if multiple <= TUNED_UP_TO:
+            chosen.append(search(runs, tokens, *guess))
+            guess = chosen[-1]["epochs"], chosen[-1]["weight_decay"]
     tuned = [[best["tokens"], best["val"]] for best in chosen]
     if rt.rank == 0:
         meta = json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
@@ -51,6 +47,23 @@ def measure_baseline(t, c, overrides):
         t.write_json(dataset / "meta.json", meta)
     log.say(f"one epoch  {one_epoch}\ntuned      {tuned}\nstored in {dataset / 'meta.json'} after"
             f" {t.minutes(time.perf_counter() - start)}")
+
+
+def search(runs, tokens, epochs, wd):
+    """The run with the lowest selection loss at budget `tokens`, from (epochs, wd) outwards."""
+    best = runs.measure(tokens, epochs, wd)
+    for direction in (lambda n: n // 2, lambda n: n * 2):
+        first = best
+        while epochs := direction(best["epochs"]):
+            run = runs.measure(tokens, epochs, wd)
+            if run["selection"] >= best["selection"]:
+                break
+            best = run
+        if best is not first:           # fewer epochs helped: more will not
+            break
+    others = [runs.measure(tokens, best["epochs"], other) for other in WEIGHT_DECAYS
+              if abs(WEIGHT_DECAYS.index(other) - WEIGHT_DECAYS.index(wd)) == 1]
+    return min([best, *others], key=lambda run: run["selection"])
 
 
 class Runs:
