@@ -46,19 +46,20 @@ if [ -z "$track" ] && [ "$command" != sample ]; then
     set -- "--track=$track" "$@"
 fi
 
-# ---- data: the cpu track's lies in the repository; others get FineWeb, unless told otherwise
-if [ "$track" != cpu ] && [[ " $* " != *" --dataset="* && " $* " != *" --preset="* ]] &&
-        [ "$command" != sample ]; then
-    case "$track" in
-        mini) $python data/fineweb.py --tokens=48_000_000 ;;  # a baseline of 12 times its 4M tokens
-        limited) $python data/fineweb.py ;;
-    esac || exit $?
-fi
-
-# ---- settings and data are checked before any process is launched
+# ---- settings and data are checked before any process is launched; data that is missing is fetched
 case "$command" in
-    train|baseline) $python train_gpt.py check "$@" || exit $? ;;
+    train|baseline) ;;
     *) exec $python train_gpt.py "$command" "$@" ;;
 esac
-exec $python -m torch.distributed.run --standalone --nproc_per_node="$((gpus > 1 ? gpus : 1))" \
+processes=$((gpus > 1 ? gpus : 1))
+if ! message=$(WORLD_SIZE=$processes $python train_gpt.py check "$@" 2>&1); then
+    fetch=(data/fineweb.py)
+    [ "$track" != mini ] || fetch+=(--tokens=48_000_000)  # room for a baseline of 12 times its 4M
+    case "$message" in
+        *"python data/fineweb.py"*|*data/fineweb:*"get more"*) $python "${fetch[@]}" || exit $? ;;
+        *) echo "$message" >&2; exit 2 ;;
+    esac
+    WORLD_SIZE=$processes $python train_gpt.py check "$@" > /dev/null || exit $?
+fi
+exec $python -m torch.distributed.run --standalone --nproc_per_node="$processes" \
     train_gpt.py "$command" "$@"

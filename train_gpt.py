@@ -183,7 +183,6 @@ PRESETS = {
 
 
 def known(name, names, kind):
-    """`name` if it is among `names`, else UserError with the closest of them."""
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]}?" if close else "there are: " + ", ".join(sorted(names))
@@ -366,11 +365,7 @@ def choose_attention(device, dtype, compiles, notes):
 def hardware_name(device):
     if device.type == "cuda":
         return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name(device)}"
-    try:
-        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        model = platform.processor()
-    return f"{os.cpu_count()}-core {platform.machine()} CPU ({model})"
+    return f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
 
 
 def peak_flops(device):
@@ -437,7 +432,7 @@ GPT2_VOCAB, GPT2_BOS = 50257, 50256              # what a header with zeros ther
 
 
 def read_shard(path, vocab_size, sha256):
-    """uint16 memory map of the tokens and the BOS id. UserError if the file is not sound."""
+    """uint16 memory map of the tokens, BOS id, SHA-256. UserError if the file is not sound."""
     try:
         header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), path.stat().st_size
     except OSError as error:
@@ -452,11 +447,11 @@ def read_shard(path, vocab_size, sha256):
              f"{path}: the header says {count} tokens, the file holds {held:g}; {again}"),
             (vocab != vocab_size, f"{path}: vocabulary of {vocab}; set --vocab_size={vocab}")])
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(count,))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     refuse([(tokens.max() >= vocab, f"{path}: token {tokens.max()} is not below {vocab}; {again}"),
             (tokens[0] != bos, f"{path}: must begin with BOS {bos}, not {tokens[0]}; {again}"),
-            (sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256,
-             f"{path}: its SHA-256 is not the one in meta.json; {again}")])
-    return tokens, bos
+            (sha256 not in (None, digest), f"{path}: its SHA-256 is not meta.json's; {again}")])
+    return tokens, bos, digest
 
 
 def split_documents(tokens, bos):
@@ -486,39 +481,38 @@ class Dataset:
     bos: int
     meta: dict
     hashes: dict                # file name -> SHA-256
-    bytes_per_token: dict       # split -> UTF-8 bytes of text a token, or None
+    bytes_per_token: dict       # split -> UTF-8 bytes of text a token, 0 if unknown
     notes: list
 
 
 def load_dataset(c):
     """Read `c.dataset`, cut selection and budget, check that no val document is in train."""
     folder = ROOT / c.dataset
+    script = folder.name if folder.name in ("sample", "fineweb") else "YOUR_SCRIPT"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        listed = dict(meta.get("splits", {}))
+        listed = {key: (facts.get("sha256"), int(facts.get("text_bytes") or 0))
+                  for key, facts in meta.get("splits", {}).items()}
+        data_efficiency(1.0, meta.get("baseline"), 1)
     except FileNotFoundError:
         meta, listed = {}, {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'meta.json'}: cannot be read ({error})") from None
     splits, hashes, per_token, bos = {}, {}, {}, None
     for split in ("train", "val", "holdout"):
-        documents, tokens = [], 0
+        documents, tokens, text_bytes = [], 0, 0
         for path in sorted(folder.glob(f"*_{split}_*.bin")):
             if tokens >= c.train_tokens and split == "train":
                 break
-            facts = listed.get(f"{split}_{path.stem.rpartition('_')[2]}", {})
-            shard, bos = read_shard(path, c.vocab_size, facts.get("sha256"))
-            hashes[path.name] = facts.get("sha256", "not listed")
-            if facts.get("text_bytes"):
-                per_token[split] = facts["text_bytes"] / len(shard)
+            sha256, size = listed.get(f"{split}_{path.stem.rpartition('_')[2]}", (None, 0))
+            shard, bos, hashes[path.name] = read_shard(path, c.vocab_size, sha256)
             documents += split_documents(shard, bos)
-            tokens += len(shard)
-        if not documents:
-            raise UserError(f"{folder}: no {split} shards; get them with: python data/"
-                            f"{'sample' if folder.name == 'sample' else 'fineweb'}.py")
-        refuse([(split == "train" and tokens < c.train_tokens, f"{folder}: {tokens:,} tokens in"
+            tokens, text_bytes = tokens + len(shard), text_bytes + size
+        refuse([(not documents, f"{folder}: no {split} shards; get them with: python"
+                 f" data/{script}.py"),
+                (split == "train" and tokens < c.train_tokens, f"{folder}: {tokens:,} tokens in"
                  f" train, fewer than --train_tokens={c.train_tokens}; get more or lower it")])
-        splits[split] = documents
+        splits[split], per_token[split] = documents, text_bytes / tokens
     held_out = {document.tobytes() for document in splits["val"] + splits["holdout"]}
     train = [document for document in splits["train"] if document.tobytes() not in held_out]
     lost = len(splits["train"]) - len(train)
@@ -533,8 +527,8 @@ def load_dataset(c):
         selected += 1
     refuse([(selected >= len(train), f"--selection_tokens={c.selection_tokens} takes all documents"
              " of train; lower it")])
-    return Dataset(train[selected:], train[:selected], splits["val"], splits["holdout"], bos, meta,
-                   hashes, per_token, notes)
+    return Dataset(train[selected:], train[:selected], splits["val"], splits["holdout"], bos,
+                   meta, hashes, per_token, notes)
 
 
 class Rows:
@@ -752,7 +746,7 @@ class GPT(nn.Module):
             (r".*\.([qkv]|fc)\.weight|.*mlp\.gate\.weight", unit_gain),
             (r"(value_projs\.\d+|mtp_proj)\.weight", unit_gain),
             (r".*\.proj\.weight",       # normal: -0.007 over zero (slowrun #59)
-             normal(c.model_dim ** -0.5) if c.proj_init == "normal" else constant(0)))
+             normal(c.model_dim ** -0.5 if c.proj_init == "normal" else 0)))
         for name, p in self.named_parameters():
             rules = [fill for pattern, fill in table if re.fullmatch(pattern, name)]
             if len(rules) != 1:
@@ -1077,6 +1071,8 @@ def piecewise_linear(schedule, progress):
     try:
         points = sorted(tuple(map(float, point.split(":"))) for point in schedule.split(","))
         x, y = zip(*points)
+        if not all(math.isfinite(number) and number >= 0 for number in (*x, *y)):
+            raise ValueError
     except ValueError:
         raise UserError(f"--wd_schedule={schedule}: must read like 0:1,0.5:0.1,1:0.9") from None
     return float(np.interp(progress, x, y))
@@ -1106,17 +1102,21 @@ def mixture_logp(logps, weights=None):
     return top + np.log(weights @ np.exp(logps - top))
 
 
-def fit_mixture(logps, iterations=300):
+def fit_mixture(logps, iterations=3000, tolerance=1e-5):
     """Weights [k] of the mixture that makes the targets of logps [k, n] most probable.
 
     The log likelihood is concave in the weights, and expectation maximization climbs to its top
-    without a learning rate (slowrun #90 descends on the weights' logits instead).
+    without a learning rate (slowrun #90 descends on the weights' logits instead). It stops when no
+    weights can be better by more than `tolerance` nats a token.
     """
     p = np.exp(np.asarray(logps, dtype=np.float64) - np.max(logps, axis=0))
     weights = np.full(len(p), 1 / len(p))
     for _ in range(iterations):
-        weights = np.mean(weights[:, None] * p / (weights @ p), axis=1)
-    return weights
+        gain = np.mean(p / (weights @ p), axis=1)   # the duality gap is max(gain) - 1
+        if gain.max() - 1 < tolerance:
+            break
+        weights = weights * gain
+    return weights / weights.sum()
 
 
 def ensemble_curve(members, c):
@@ -1189,7 +1189,7 @@ class Trainer:
     @contextlib.contextmanager
     def first_time(self, *key):
         """Clocks what runs under a new key as compilation; yields whether the key is new."""
-        new, start = key not in self.seen, time.perf_counter()
+        new, start = self.rt.compile and key not in self.seen, time.perf_counter()
         yield new
         if new:
             self.seen.add(key)
@@ -1213,7 +1213,7 @@ class Trainer:
         The loss is divided by the targets of the whole batch, so gradients add up over ranks.
         """
         c, rt, model, teacher = self.c, self.rt, self.model, None
-        mine, micro = slice(rt.rank, None, rt.world), micro_batch_rows(c, rt)
+        mine, micro = slice(rt.rank, None, rt.world), micro_batch_rows(c, rt.world)
         counts = int((targets >= 0).sum()), max(1, int((targets[:, 1:] >= 0).sum()))
         alpha, sums = c.kd_alpha if distill else 0.0, torch.zeros(2, device=rt.device)
         for x, y in zip(inputs[mine].split(micro), targets[mine].split(micro)):
@@ -1290,8 +1290,9 @@ class Meter:
         self.trainer, self.k, self.rows, self.recent = trainer, k, rows, []
         self.start, self.compiled = time.perf_counter(), trainer.compile_seconds
         self.steps, self.flops, self.loss = 0, 0.0, float("nan")  # steps: without compiling ones
-        c, units = trainer.c, 1 + distill / 3     # a teacher's forward is a third of a CE step
-        self.batch_flops = {stage.loops: flops_per_token(c, stage) * units * c.batch_rows
+        c = trainer.c   # a teacher's forward is a third of a step, without MTP and all loops on
+        teacher = distill * flops_per_token(replace(c, mtp_weight=0.0), stages(c)[-1]) / 3
+        self.batch_flops = {stage.loops: (flops_per_token(c, stage) + teacher) * c.batch_rows
                             * c.seq_len for stage in stages(c)}
 
     def facts(self):
@@ -1344,14 +1345,22 @@ def minutes(seconds):
 
 
 # ==== The run ===================================================================================
-def micro_batch_rows(c, rt):
+def micro_batch_rows(c, world):
     """Rows of a micro-batch. UserError if the batch cannot be shared out evenly."""
-    micro = max(1, min(c.device_batch_size, c.batch_rows // rt.world))
-    unit = rt.world * micro
-    refuse([(c.batch_rows % unit, f"--batch_rows={c.batch_rows} is not divisible by {rt.world}"
+    micro = max(1, min(c.device_batch_size, c.batch_rows // world))
+    unit = world * micro
+    refuse([(c.batch_rows % unit, f"--batch_rows={c.batch_rows} is not divisible by {world}"
              f" process(es) x {micro} rows of --device_batch_size; the nearest that is:"
              f" {max(1, round(c.batch_rows / unit)) * unit}")])
     return micro
+
+
+def run_folder(c):
+    """The folder of the run, not yet made; UserError if there is a run in it."""
+    name = c.run_id or f"{c.track}_{time.strftime('%Y-%m-%d_%H-%M-%S')}_seed{c.seed}"
+    folder = ROOT / c.runs_dir / name
+    refuse([((folder / "log.txt").exists(), f"{folder} has a run; choose another --run_id")])
+    return folder
 
 
 def announce(c, rt, log, data, model, overrides):
@@ -1367,7 +1376,7 @@ def announce(c, rt, log, data, model, overrides):
     flops = " then ".join(f"{flops_per_token(c, stage):.4g}" for stage in stages(c))
     chain = (f", each distilled from the one before (alpha {c.kd_alpha:g}, T {c.kd_temperature:g})"
              if c.kd_alpha and c.num_models > 1 else "")
-    micro = micro_batch_rows(c, rt)
+    micro = micro_batch_rows(c, rt.world)
     for line in (
             f"track     {c.track}: {c.num_models} model(s) x {c.num_epochs} epochs{chain}",
             f"data      {c.dataset}: {rows.tokens:,} tokens an epoch ({len(data.train)} documents),"
@@ -1400,12 +1409,9 @@ def write_json(path, value):
 def run(c, overrides):
     """Train the members, write the run's folder, print the table; returns the result (a dict)."""
     start, rt = time.perf_counter(), start_runtime(c)
-    micro_batch_rows(c, rt)
-    name = c.run_id or f"{c.track}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    data, folder = load_dataset(c), ROOT / c.runs_dir / name
-    taken = (folder / "log.txt").exists()
+    micro_batch_rows(c, rt.world)
+    data, folder = load_dataset(c), run_folder(c)
     rt.barrier()                # rank 0 makes the folder only after all have looked
-    refuse([(taken, f"{folder} has a run already; choose another --run_id")])
     log = Log(folder, rt.rank == 0, c.log_seconds)
     trainer = Trainer(c, rt, log, data)
     announce(c, rt, log, data, trainer.model, overrides)
@@ -1469,7 +1475,7 @@ def summarize(c, rt, data, trainer, members, curve, overrides, start):
 def table(c, result):
     """The final table, as lines."""
     members, bpb, efficiency = result["members"], result["val_bpb"], result["data_efficiency"]
-    lines = [" n    member  ensemble   learned   holdout"]
+    lines = [" n    member  ensemble   learned   holdout  (member n; ensembles of n)"]
     if not c.include_first:
         lines.append(f" -  {members[0]['val_loss']:8.4f}  (left out: it had no teacher)")
     for point in result["ensemble"]:
@@ -1477,14 +1483,14 @@ def table(c, result):
         learned = point.get("val_loss_learned", float("nan"))
         lines.append(f"{point['n']:2d}  {single:8.4f}  {point['val_loss']:8.4f}  {learned:8.4f}"
                      f"  {point['holdout_loss']:8.4f}")
-    multiples = [f"{efficiency[kind]}{'' if efficiency[kind] == 'n/a' else 'x'} of the {name}"
-                 " baseline" for kind, name in (("one_epoch", "one-epoch"), ("tuned", "tuned"))]
+    multiples = [f"{efficiency[kind]}x against the {name} baseline" for kind, name in (
+        ("one_epoch", "one-epoch"), ("tuned", "tuned")) if efficiency[kind] != "n/a"]
     seconds = [f"{minutes(result[f'{kind}_seconds'])} {name}" for kind, name in (
         ("train", "train"), ("compile", "compile"), ("eval", "evaluate"), ("wall", "in all"))]
     return lines + [
         "", f"result           val loss {result['val_loss']:.4f} ({c.final_mixture} mixture),"
         f" {f'{bpb:.4f}' if bpb else 'n/a'} bits per byte, holdout {result['holdout_loss']:.4f}",
-        f"data efficiency  {', '.join(multiples)}",
+        f"data efficiency  {', '.join(multiples) or 'n/a: no curve; see train_gpt.py baseline'}",
         f"time             {', '.join(seconds)}",
         f"speed            {result['tokens_per_second']:,.0f} tokens/s, MFU"
         f" {percent(result['mfu'])}, peak memory {result['peak_memory_bytes'] / 2 ** 20:,.0f} MiB"]
@@ -1495,7 +1501,7 @@ def load_encoding(c, meta):
     """tiktoken.Encoding of the dataset, from its own ranks or GPT-2's (which tiktoken fetches)."""
     import tiktoken
     from tiktoken.load import load_tiktoken_bpe
-    if "ranks" not in meta:
+    if "ranks" not in meta and c.vocab_size == GPT2_VOCAB:
         return tiktoken.get_encoding("gpt2")
     ranks = load_tiktoken_bpe(str(ROOT / c.dataset / meta["ranks"]), meta.get("ranks_sha256"))
     return tiktoken.Encoding(meta["tokenizer"], pat_str=meta["pattern"], mergeable_ranks=ranks,
@@ -1541,9 +1547,9 @@ def sample(c):
     folder = ROOT / c.runs_dir / c.run_id
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        c = replace(Config(**result["config"]), prompt=c.prompt, device=c.device)
+    except (OSError, ValueError, TypeError, KeyError):
         raise UserError(f"{folder}: no finished run there; name one with --run_id=") from None
-    c = replace(Config(**result["config"]), prompt=c.prompt, device=c.device)
     rt = start_runtime(c)
     print("\n".join(sample_lines(c, rt, load_dataset(c), folder, result["members"])))
 
@@ -1566,7 +1572,8 @@ def dispatch(argv):
         measure_baseline(sys.modules[__name__], c, overrides)
     elif command == "sample":
         sample(c)
-    elif load_dataset(c):
+    elif load_dataset(c) and run_folder(c) and micro_batch_rows(
+            c, int(os.environ.get("WORLD_SIZE", 1))):
         print(f"track {c.track}: settings and dataset {c.dataset} are sound")
 
 
@@ -1575,13 +1582,13 @@ def main(argv=None):
     try:
         dispatch(list(sys.argv[1:] if argv is None else argv))
         return 0
-    except (UserError, RuntimeError) as error:
+    except (UserError, RuntimeError, OSError) as error:
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message:
             message = "out of memory; lower --device_batch_size, then --loss_chunk"
-        elif not isinstance(error, UserError):
+        elif not isinstance(error, (UserError, OSError)):
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, UserError):
             print(f"error: {message}", file=sys.stderr)
         return 2
     finally:

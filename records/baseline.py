@@ -5,18 +5,20 @@
 Plain: the track's model, optimizer and batch, one member, without teacher and dropout. For budgets
 D, multiples of the track's train_tokens as far as the data goes: (a) one epoch with the usual
 weight decay; (b) the best on `selection` over epochs and weight decays, found by a search that
-begins at each D with what was best at the D before: fewer epochs while that helps, else more, then
-the other weight decays. Both curves hold val losses and go into the dataset's meta.json. Every run
-is a line of runs/baseline_<track>/runs.jsonl and is not repeated when the command is started again.
+begins at each D with what was best at the D before: fewer epochs while that helps (at the smallest
+D else more), then the other weight decay. Both curves hold val losses and go into the dataset's
+meta.json. Every run is a line of runs/baseline_<track>/runs.jsonl and is not repeated when the
+command is started again.
 """
+import hashlib
 import json
 import time
 from dataclasses import replace
 
-MULTIPLES = (1, 2, 4, 8, 12, 16, 24)
+MULTIPLES = (1, 2, 4, 8, 12, 16)
 TUNED_UP_TO = 12                        # the largest multiple for (b), which costs epochs times D
 USUAL_WEIGHT_DECAY = 0.1
-WEIGHT_DECAYS = (0.1, 1.0, 3.0)
+WEIGHT_DECAYS = (0.1, 1.0)
 FIRST_GUESS = 8, 1.0                    # epochs and weight decay at the smallest D
 
 
@@ -34,7 +36,7 @@ def measure_baseline(t, c, overrides):
     chosen, guess = [], FIRST_GUESS
     for multiple, tokens in budgets:
         if multiple <= TUNED_UP_TO:
-            chosen.append(search(runs, tokens, *guess))
+            chosen.append(search(runs, tokens, *guess, may_rise=not chosen))
             guess = chosen[-1]["epochs"], chosen[-1]["weight_decay"]
     tuned = [[best["tokens"], best["val"]] for best in chosen]
     if rt.rank == 0:
@@ -49,21 +51,20 @@ def measure_baseline(t, c, overrides):
             f" {t.minutes(time.perf_counter() - start)}")
 
 
-def search(runs, tokens, epochs, wd):
+def search(runs, tokens, epochs, wd, may_rise):
     """The run with the lowest selection loss at budget `tokens`, from (epochs, wd) outwards."""
+    def better(best, epochs, wd):
+        return min(best, runs.measure(tokens, epochs, wd), key=lambda run: run["selection"])
+
     best = runs.measure(tokens, epochs, wd)
-    for direction in (lambda n: n // 2, lambda n: n * 2):
-        first = best
-        while epochs := direction(best["epochs"]):
-            run = runs.measure(tokens, epochs, wd)
-            if run["selection"] >= best["selection"]:
-                break
-            best = run
-        if best is not first:           # fewer epochs helped: more will not
-            break
-    others = [runs.measure(tokens, best["epochs"], other) for other in WEIGHT_DECAYS
-              if abs(WEIGHT_DECAYS.index(other) - WEIGHT_DECAYS.index(wd)) == 1]
-    return min([best, *others], key=lambda run: run["selection"])
+    while best["epochs"] > 1 and better(best, best["epochs"] // 2, wd) is not best:
+        best = better(best, best["epochs"] // 2, wd)
+    if may_rise and best["epochs"] == epochs:
+        while better(best, best["epochs"] * 2, wd) is not best:
+            best = better(best, best["epochs"] * 2, wd)
+    for other in set(WEIGHT_DECAYS) - {wd}:
+        best = better(best, best["epochs"], other)
+    return best
 
 
 class Runs:
@@ -74,8 +75,11 @@ class Runs:
         self.trainer = None
         self.plain = replace(c, num_models=1, kd_alpha=0.0, first_epochs=0, dropout=0.0)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.done = {(run["tokens"], run["epochs"], run["weight_decay"]): run
-                     for run in map(json.loads, lines)}
+        same = {name: value for name, value in vars(self.plain).items()
+                if name not in ("run_id", "runs_dir", "log_steps", "log_seconds", "prompt")}
+        self.settings = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
+        self.done = {(run["tokens"], run["epochs"], run["weight_decay"]): run for run in map(
+            json.loads, lines) if run.pop("settings", None) == self.settings}
 
     def measure(self, tokens, epochs, wd):
         """{tokens, epochs, weight_decay, selection, val} of a plain model, trained if need be."""
@@ -94,5 +98,5 @@ class Runs:
         self.log.say(" ".join(f"{k}:{v}" for k, v in run.items()))
         if self.rt.rank == 0:
             with open(self.path, "a", encoding="utf-8") as file:
-                print(json.dumps(run), file=file)
+                print(json.dumps({**run, "settings": self.settings}), file=file)
         return run
