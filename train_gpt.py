@@ -160,10 +160,10 @@ class Config:
 TRACKS = {
     "cpu": dict(
         dataset="data/sample", vocab_size=2048, train_tokens=50_000, selection_tokens=5_000,
-        seq_len=256, batch_rows=8, device_batch_size=8, num_models=4, num_epochs=9, kd_alpha=0.5,
-        num_layers=4, model_dim=128, num_heads=4, mlp_multiple=32, window_pattern="L", softcap=15.0,
-        matrix_lr=0.04, embed_lr=0.1, head_lr=0.003, x0_lr=0.02, scalar_lr=0.002,
-        weight_decay=2.0, momentum_steps=100, lr_warmdown=0.4, lr_power=1.0, loss_chunk=1024),
+        seq_len=256, batch_rows=8, device_batch_size=8, num_models=4, num_epochs=10, first_epochs=8,
+        kd_alpha=0.5, num_layers=4, model_dim=128, num_heads=4, mlp_multiple=32, window_pattern="L",
+        softcap=15.0, matrix_lr=0.04, embed_lr=0.1, head_lr=0.003, x0_lr=0.02, scalar_lr=0.002,
+        weight_decay=1.5, momentum_steps=100, lr_warmdown=0.4, lr_power=1.0, loss_chunk=1024),
     "mini": dict(
         train_tokens=4_000_000, selection_tokens=60_000, seq_len=1024, batch_rows=64,
         device_batch_size=32, num_models=4, num_epochs=16, kd_alpha=0.5, num_layers=12,
@@ -177,8 +177,8 @@ PRESETS = {
     "toy": dict(
         dataset="data/sample", vocab_size=2048, train_tokens=9_000, selection_tokens=1_000,
         eval_tokens=2_000, seq_len=64, batch_rows=16, device_batch_size=4, num_epochs=2,
-        num_layers=4, model_dim=64, num_heads=2, mlp_multiple=32, loop_start=2, loop_end=2,
-        loop_from_epoch=1, momentum_steps=10, loss_chunk=512, compile=False),
+        first_epochs=0, num_layers=4, model_dim=64, num_heads=2, mlp_multiple=32, loop_start=2,
+        loop_end=2, loop_from_epoch=1, momentum_steps=10, loss_chunk=512, compile=False),
 }
 
 

@@ -463,7 +463,7 @@ def test_baseline_is_stored_and_not_repeated(tmp_path, monkeypatch, capsys):
         kind: stored[kind] for kind in ("one_epoch", "tuned")}
     for kind in ("one_epoch", "tuned"):
         assert re.fullmatch(r"([<>] )?\d+\.\d+", str(efficiency[kind])), efficiency[kind]
-        assert f"{efficiency[kind]}x of the" in run.console
+        assert f"{efficiency[kind]}x against the" in run.console
 
 
 # ---- errors: one line, exit code 2, nothing written ----
@@ -711,13 +711,19 @@ echo "$0" "$@" | grep -q version_info && exit ${OLD:-0}
 { case "$0" in *.venv*) ;; *) printf 'system ';; esac
   for argument; do printf '<%s>' "$argument"; done; echo; } >> "$CALLS"
 [ "$2" != venv ] || { mkdir -p "$3/bin" && cp "$STUBS/python3" "$3/bin/python"; }
-case " $* " in *" $FAIL "*) exit 7;; esac
+case " $* " in
+    *" $FAIL "*) echo "$SAYS"; exit 7 ;;
+    *" check "*) ! rm "$CALLS.missing" 2> /dev/null || { echo "error: $SAYS"; exit 2; } ;;
+esac
 """
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """call(*arguments, gpus=None, fail=...) -> (exit code, stderr, calls of python)."""
+    """call(*arguments, gpus=None, fail=...) -> (exit code, stderr, calls of python).
+
+    missing: the first check finds no data and says what is missing.
+    """
     home, stubs, calls = tmp_path / "a repo", tmp_path / "bin", tmp_path / "calls"
     (home / ".venv/bin").mkdir(parents=True)
     stubs.mkdir()
@@ -730,7 +736,7 @@ def tree(tmp_path):
         python.write_text(STUB)
         python.chmod(0o755)
 
-    def call(*arguments, gpus=None, fail="nothing", old="0"):
+    def call(*arguments, gpus=None, fail="nothing", old="0", missing=None):
         smi = stubs / "nvidia-smi"
         smi.unlink(missing_ok=True)
         if gpus is not None:                # -L prints a line a GPU, and MIG devices below it
@@ -739,7 +745,10 @@ def tree(tmp_path):
             smi.write_text(f"#!/bin/sh\n{lines}exit {0 if gpus else 9}\n")
             smi.chmod(0o755)
         calls.write_text("")
-        env = {"PATH": str(stubs), "CALLS": str(calls), "STUBS": str(stubs), "FAIL": fail,
+        if missing is not None:
+            Path(f"{calls}.missing").write_text("")
+        env = {"SAYS": missing or "", "PATH": str(stubs), "CALLS": str(calls),
+               "STUBS": str(stubs), "FAIL": fail,
                "OLD": old}
         done = subprocess.run([str(home / "run.sh"), *arguments], cwd=tmp_path, env=env,
                               capture_output=True, encoding="utf-8", timeout=60)
@@ -758,14 +767,23 @@ def test_run_sh_is_sound_bash():
     assert os.access(ROOT / "run.sh", os.X_OK)
 
 
-@pytest.mark.parametrize("gpus, track, fetch", [
-    (None, "cpu", []), (0, "cpu", []),
-    (1, "mini", ["<data/fineweb.py><--tokens=48_000_000>"]),
-    (2, "limited", ["<data/fineweb.py>"]), (8, "limited", ["<data/fineweb.py>"])])
-def test_run_sh_picks_the_track(gpus, track, fetch, tree):
+@pytest.mark.parametrize("gpus, track", [
+    (None, "cpu"), (0, "cpu"), (1, "mini"), (2, "limited"), (8, "limited")])
+def test_run_sh_picks_the_track(gpus, track, tree):
     assert tree(gpus=gpus) == (0, "", [
-        *fetch, f"<train_gpt.py><check><--track={track}>",
+        f"<train_gpt.py><check><--track={track}>",
         launched(max(1, gpus or 0), "train", f"--track={track}")])
+
+
+@pytest.mark.parametrize("says", [
+    "data/fineweb: no train shards; get them with: python data/fineweb.py",
+    "/x/data/fineweb: 5 tokens in train; get more"])
+@pytest.mark.parametrize("gpus, track, fetch", [
+    (1, "mini", "<data/fineweb.py><--tokens=48_000_000>"), (2, "limited", "<data/fineweb.py>")])
+def test_run_sh_fetches_what_is_missing(gpus, track, fetch, says, tree):
+    check = f"<train_gpt.py><check><--track={track}>"
+    assert tree(gpus=gpus, missing=says) == (0, "", [
+        check, fetch, check, launched(gpus, "train", f"--track={track}")])
 
 
 def test_run_sh_passes_arguments_on(tree):
@@ -782,26 +800,17 @@ def test_run_sh_passes_arguments_on(tree):
         assert tree(flag, gpus=1) == (0, "", ["<train_gpt.py><--help>"])
 
 
-@pytest.mark.parametrize("argument", ["--dataset=data/mine", "--preset=toy"])
-def test_run_sh_fetches_nothing_for_other_data(argument, tree):
-    assert tree("--track=limited", argument, gpus=2)[2] == [
-        f"<train_gpt.py><check><--track=limited><{argument}>",
-        launched(2, "train", "--track=limited", argument)]
-
-
 def test_run_sh_stops_at_the_first_failure(tree):
-    assert tree(gpus=1, fail="data/fineweb.py")[::2] == (
-        7, ["<data/fineweb.py><--tokens=48_000_000>"])
-    code, _, calls = tree("--seed=x", fail="check")
-    assert (code, calls) == (7, ["<train_gpt.py><check><--track=cpu><--seed=x>"])
+    missing = "data/fineweb: no train shards; get them with: python data/fineweb.py"
+    assert tree(gpus=1, missing=missing, fail="data/fineweb.py")[::2] == (
+        7, ["<train_gpt.py><check><--track=mini>", "<data/fineweb.py><--tokens=48_000_000>"])
     assert tree(fail="torch.distributed.run")[0] == 7
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["--track=limitd"]])
-def test_run_sh_leaves_typing_errors_to_the_script(arguments, tree):
-    """Before anything is fetched or launched."""
-    code, _, calls = tree(*arguments, gpus=1, fail="train_gpt.py")
-    assert code == 7 and len(calls) == 1 and calls[0].startswith("<train_gpt.py>")
+@pytest.mark.parametrize("arguments", [["trian"], ["--track=limitd"], ["--seed=x"]])
+def test_run_sh_fetches_and_launches_nothing_after_a_typing_error(arguments, tree):
+    code, stderr, calls = tree(*arguments, gpus=1, missing="unknown thing", fail="trian")
+    assert code in (2, 7) and len(calls) == 1 and calls[0].startswith("<train_gpt.py>")
 
 
 def test_run_sh_runs_the_tests(tree):
