@@ -1533,7 +1533,7 @@ def sample_lines(c, rt, data, folder, members, count=120):
     key = "selection_loss" if data.selection else "train_loss"
     best = min(range(len(members)), key=lambda i: members[i][key]) + 1
     with rt.device:
-        model = GPT(c, rt.dtype, rt.attention).eval()
+        model = GPT(c, rt.dtype).eval()     # SDPA takes rows of any length
     model.load_state_dict(load_file(folder / "members" / f"{best:03d}.safetensors"))
     tokens = generate(model, [data.bos, *encoding.encode_ordinary(c.prompt)], count)
     paragraphs = encoding.decode(tokens[1:], errors="ignore").splitlines()
