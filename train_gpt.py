@@ -155,15 +155,15 @@ class Config:
         return self.first_epochs if member == 1 and self.first_epochs else self.num_epochs
 
 
-# Only what differs from the defaults above. `limited` has the settings of the NanoGPT Slowrun's
-# 1-hour track, `cpu` was tuned on selection (records/EXPERIMENTS.md), `mini` is not tuned yet.
+# What differs from the defaults. `limited`: the NanoGPT Slowrun's 1-hour track; `mini`: not tuned.
 TRACKS = {
     "cpu": dict(
         dataset="data/sample", vocab_size=2048, train_tokens=50_000, selection_tokens=5_000,
         seq_len=256, batch_rows=8, device_batch_size=8, num_models=4, num_epochs=10, first_epochs=8,
-        kd_alpha=0.5, num_layers=4, model_dim=128, num_heads=4, mlp_multiple=32, window_pattern="L",
-        softcap=15.0, matrix_lr=0.04, embed_lr=0.1, head_lr=0.003, x0_lr=0.02, scalar_lr=0.002,
-        weight_decay=1.5, momentum_steps=100, lr_warmdown=0.4, lr_power=1.0, loss_chunk=1024),
+        final_mixture="learned", kd_alpha=0.5, num_layers=4, model_dim=128, num_heads=4,
+        mlp_multiple=32, window_pattern="L", softcap=15.0, matrix_lr=0.04, embed_lr=0.1,
+        head_lr=0.003, x0_lr=0.02, scalar_lr=0.002, weight_decay=1.5, momentum_steps=100,
+        lr_warmdown=0.4, lr_power=1.0, loss_chunk=1024),
     "mini": dict(
         train_tokens=4_000_000, selection_tokens=60_000, seq_len=1024, batch_rows=64,
         device_batch_size=32, num_models=4, num_epochs=16, kd_alpha=0.5, num_layers=12,
@@ -178,7 +178,8 @@ PRESETS = {
         dataset="data/sample", vocab_size=2048, train_tokens=9_000, selection_tokens=1_000,
         eval_tokens=2_000, seq_len=64, batch_rows=16, device_batch_size=4, num_epochs=2,
         first_epochs=0, num_layers=4, model_dim=64, num_heads=2, mlp_multiple=32, loop_start=2,
-        loop_end=2, loop_from_epoch=1, momentum_steps=10, loss_chunk=512, compile=False),
+        loop_end=2, loop_from_epoch=1, momentum_steps=10, loss_chunk=512, compile=False,
+        final_mixture="uniform"),
 }
 
 
@@ -1288,8 +1289,8 @@ class Meter:
 
     def __init__(self, trainer, k, rows, distill):
         self.trainer, self.k, self.rows, self.recent = trainer, k, rows, []
-        self.start, self.compiled = time.perf_counter(), trainer.compile_seconds
-        self.steps, self.flops, self.loss = 0, 0.0, float("nan")  # steps: without compiling ones
+        self.start = time.perf_counter() - trainer.compile_seconds  # compiling stops the clock
+        self.steps, self.flops, self.loss = 0, 0.0, float("nan")    # of steps that compiled nothing
         c = trainer.c   # a teacher's forward is a third of a step, without MTP and all loops on
         teacher = distill * flops_per_token(replace(c, mtp_weight=0.0), stages(c)[-1]) / 3
         self.batch_flops = {stage.loops: (flops_per_token(c, stage) + teacher) * c.batch_rows
@@ -1298,8 +1299,7 @@ class Meter:
     def facts(self):
         """Seconds without compilation, tokens/s and MFU (None: unknown peak) of all devices."""
         rt, c = self.trainer.rt, self.trainer.c
-        compiled = self.trainer.compile_seconds - self.compiled
-        seconds = max(1e-9, time.perf_counter() - self.start - compiled)
+        seconds = max(1e-9, time.perf_counter() - self.trainer.compile_seconds - self.start)
         peak = peak_flops(rt.device)
         return {"train_loss": self.loss, "train_seconds": round(seconds, 3),
                 "tokens_per_second": round(self.steps * c.batch_rows * c.seq_len / seconds, 1),
