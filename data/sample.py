@@ -15,6 +15,7 @@ byte-level BPE vocabulary is trained on train documents only. meta.json records 
 """
 import argparse
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -467,7 +468,7 @@ def build(works, out, cache, work_folder):
         key = f"{split}_000000"
         path = out / f"sample_{key}.bin"
         entries[key], tokens_by_work[key] = write_split(path, documents, encoding)
-    write_meta(out, {
+    meta = {
         "splits": entries,
         "tokenizer": "sample-bpe-2048", "vocab_size": VOCAB, "bos_id": BOS,
         "bos_text": BOS_TEXT, "pattern": PATTERN, "ranks": "ranks.tiktoken",
@@ -483,7 +484,12 @@ def build(works, out, cache, work_folder):
         "document_works": {f"{split}_000000": "".join(d.work for d in documents)
                            for split, documents in sorted(splits.items())},
         "duplicates": {**found, "gram_words": GRAM, "near_means_overlap_above": MAX_OVERLAP},
-    })
+    }
+    with contextlib.suppress(OSError, ValueError, KeyError):    # curves measured on the same shards
+        before = json.loads((out / "meta.json").read_text(encoding="utf-8"))
+        if before["splits"] == entries:
+            meta["baseline"] = before["baseline"]
+    write_meta(out, meta)
     return entries
 
 
