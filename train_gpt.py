@@ -169,7 +169,7 @@ TRACKS = {
         device_batch_size=32, num_models=4, num_epochs=16, kd_alpha=0.5, num_layers=12,
         model_dim=768, num_heads=6, softcap=15.0, lr_warmdown=0.4, lr_power=1.0),
     "limited": dict(
-        loop_start=15, loop_end=20, loop_count=3, loop_from_epoch=7, mtp_weight=0.3),
+        loop_start=15, loop_end=20, loop_count=3, loop_from_epoch=6, mtp_weight=0.3),
 }
 
 PRESETS = {
