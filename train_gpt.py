@@ -13,9 +13,9 @@ may be seen, as often as one likes, and the lowest loss on unseen text wins.
 
 Rules of a record: the result is one number declared in advance (the mixture of all members after
 their last step), never a minimum over evaluations. Choices are made on `selection`, whole documents
-cut from the training budget; `val` is for comparison between runs, `holdout` is scored once, at the
+cut from the training budget; `val` is for comparison between runs, `holdout` is shown once, at the
 end. The log begins with this source and reproduces the run.
-This file is read from top to bottom and stays below 1,600 lines.
+This file is read from top to bottom and has at most 1,600 lines.
 """
 import contextlib
 import dataclasses
@@ -521,8 +521,8 @@ def load_dataset(c):
     refuse([(lost > 0.005 * len(held_out), f"{folder}: {lost} documents of train are also in val or"
              " holdout; the splits overlap, build the dataset again")])
     notes = [f"data      {lost} documents of train left out: val or holdout has them"][:lost]
-    for split in ("val", "holdout"):
-        splits[split] = cut_documents(splits[split], c.eval_tokens or len(splits[split]) * 2 ** 31)
+    for split in ("val", "holdout") if c.eval_tokens else ():
+        splits[split] = cut_documents(splits[split], c.eval_tokens)
     train, selected = cut_documents(train, c.train_tokens), 0
     while sum(map(len, train[:selected])) < c.selection_tokens:
         selected += 1
