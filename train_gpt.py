@@ -959,7 +959,7 @@ def muon_update(p, grad, m, v, lr, wd, momentum, beta2, row_norm, cautious, dtyp
         x = scaled * (x.norm(dim=(1, 2), keepdim=True)
                       / scaled.norm(dim=(1, 2), keepdim=True).clamp(min=1e-10))
     decay = (x * p >= 0).to(p.dtype) * wd if cautious else wd
-    p -= lr * max(1, x.shape[1] / x.shape[2]) ** 0.5 * x + lr * decay * p
+    p -= lr * max(1, x.shape[1] / x.shape[2]) ** 0.5 * (x + decay * p)
 
 
 def adamw_update(p, grad, m, v, step, lr, wd, beta1, beta2):
