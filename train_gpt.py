@@ -15,22 +15,17 @@ Rules of a record: the result is one number declared in advance (the mixture of 
 their last step), never a minimum over evaluations. Choices are made on `selection`, whole documents
 cut from the training budget; `val` is for comparison between runs, `holdout` is shown once, at the
 end. The log begins with this source and reproduces the run.
-This file is read from top to bottom and has at most 1,600 lines.
+This file is read from top to bottom and has at most 1,600 lines. Beside it stand data/shards.py,
+which reads token shards, data/ngram.py and records/report.py, which writes log and result.
 """
 import contextlib
-import dataclasses
 import difflib
-import hashlib
 import json
 import math
 import os
-import platform
 import re
-import resource
 import shutil
-import subprocess
 import sys
-import textwrap
 import time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -40,28 +35,28 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from data.ngram import NGram
+from data.shards import UserError, load_dataset, refuse
+from records import plot, report
 
 # ==== Config and tracks =========================================================================
 ROOT = Path(__file__).resolve().parent
 
 
-class UserError(Exception):
-    """Something a person can mend: what, where, what to do, in one line. Exit code 2."""
+def opt(default, meaning, *choices, least=None, below=math.inf):
+    """A field of Config with its unit and meaning, which --help prints, and what it may be.
+
+    Whole numbers are at least 1 and others at least 0, unless `least` says otherwise.
+    """
+    least = least if least is not None else int(type(default) is int)
+    return field(default=default, metadata=dict(help=meaning, choices=choices, least=least,
+                                                below=below))
 
 
-def refuse(problems):
-    """UserError with the message of the first of `problems`, (is_wrong, message), that is wrong."""
-    for is_wrong, message in problems:
-        if is_wrong:
-            raise UserError(message)
-
-
-def opt(default, meaning):
-    """A field of Config with its unit and meaning, which --help prints."""
-    return field(default=default, metadata={"help": meaning})
+AVERAGES = ("last", "ema", "weights", "weights_recency", "probs", "probs_recency", "best")
 
 
 @dataclass(frozen=True)
@@ -71,19 +66,22 @@ class Config:
     preset: str = opt("", "toy: shrink any track to seconds on a CPU, its techniques left on")
     run_id: str = opt("", "name of the folder under runs_dir; empty: track, date and time")
     runs_dir: str = opt("runs", "folder of the runs")
-    seed: int = opt(1, "of init, order and dropout; members and ranks derive theirs from it")
-    device: str = opt("auto", "cuda, mps or cpu; auto: the first of them that is there")
-    dtype: str = opt("auto", "bfloat16 or float32, of matrix products; auto: bfloat16 if fast")
+    seed: int = opt(1, "of init, order and dropout; members and ranks derive theirs", least=0)
+    device: str = opt("auto", "auto: the first of the others that is there",
+                      "auto", "cuda", "mps", "cpu")
+    dtype: str = opt("auto", "of matrix products; auto: bfloat16 if it is fast",
+                     "auto", "bfloat16", "float32")
     compile: bool = opt(True, "use torch.compile (where a compiler is found)")
     prompt: str = opt("", "text that the command `sample` continues")
+    time_limit: float = opt(0.0, "minutes of training that the track allows; 0: any")
     log_steps: int = opt(5, "steps between readings of the loss, each a line of metrics.jsonl")
     log_seconds: float = opt(5.0, "seconds between progress lines when not on a terminal")
 
     # ---- data
     dataset: str = opt("data/fineweb", "folder of *_train_*.bin, *_val_*.bin and meta.json")
     train_tokens: int = opt(100_000_000, "tokens, the whole data budget, selection included")
-    selection_tokens: int = opt(132_000, "tokens, whole documents cut from the front of train")
-    eval_tokens: int = opt(0, "tokens of val and of holdout that are scored; 0: all")
+    selection_tokens: int = opt(132_000, "tokens, whole documents from the front of train", least=0)
+    eval_tokens: int = opt(0, "tokens of val and of holdout that are scored; 0: all", least=0)
     vocab_size: int = opt(50257, "tokens of the dataset's vocabulary (its shards must agree)")
     seq_len: int = opt(2048, "tokens a row")
     batch_rows: int = opt(256, "rows a step, over all devices")
@@ -92,9 +90,21 @@ class Config:
     # ---- ensemble
     num_models: int = opt(1, "members, trained one after the other")
     num_epochs: int = opt(11, "passes over the training tokens, each member")
-    first_epochs: int = opt(0, "passes of the first member; 0: num_epochs")
+    first_epochs: int = opt(0, "passes of the first member; 0: num_epochs", least=0)
+    num_chains: int = opt(1, "independent chains of num_models members, one ensemble of all")
+    subset_fraction: float = opt(1.0, "part of the documents that a member sees")
     include_first: bool = opt(True, "keep the first, undistilled member in the ensemble")
-    final_mixture: str = opt("uniform", "uniform or learned (on selection): the declared result")
+    ngram_order: int = opt(0, "order, 1 to 4, of a count-based member; 0: none", least=0)
+    final_mixture: str = opt("uniform", "mixture that is the declared result",
+                             "uniform", "learned", "ngram")
+    mixture_size: int = opt(0, "members kept in the learned mixture, the heaviest; 0: all", least=0)
+    average: str = opt("last", "what a member ends as", *AVERAGES)
+    average_epochs: int = opt(1, "ends of epochs that `weights` and `probs` average, the last ones")
+    continue_members: bool = opt(False, "members start from the one before, perturbed")
+    perturb_start: float = opt(0.25, "perturbation of the second member, in std of each tensor")
+    perturb_end: float = opt(0.05, "perturbation of the last member; a cosine in between")
+    edge_batch_rows: int = opt(0, "batch_rows in the outer quarters of members; 0: same", least=0)
+    kd_from: int = opt(2, "first member that has a teacher")
     kd_alpha: float = opt(0.0, "weight of the distillation loss from member k-1, 0 to 1")
     kd_temperature: float = opt(1.0, "temperature T of the distillation loss; it gets T*T")
 
@@ -110,15 +120,25 @@ class Config:
     value_projections: bool = opt(True, "in every second layer values also come from x0, gated")
     attn_gate: bool = opt(True, "a gate per attention head, read from the first 12 channels")
     qk_norm: bool = opt(True, "RMS-normalize queries and keys after the rotation")
+    rope_fraction: float = opt(1.0, "part of the rotary frequencies that turn")
+    key_offset: bool = opt(False, "in L layers the unrotated key channels are of the token before")
+    xsa: str = opt("", "exclusive self-attention, learned by head", "", "fixed", "learned")
+    iha: bool = opt(False, "a head's q, k, v weights are learned mixtures of all heads'")
+    document_mask: bool = opt(False, "attention does not reach beyond the document")
     rope_base: float = opt(10000.0, "base of the rotary position embedding; 0: none")
     window_pattern: str = opt("SSSL", "windows by layer, S = seq_len/2, L = seq_len; last is L")
-    loop_start: int = opt(0, "first of the layers that are run repeatedly, counted from 0")
-    loop_end: int = opt(0, "last of the layers that are run repeatedly")
+    loop_start: int = opt(0, "first of the layers that are run repeatedly, counted from 0", least=0)
+    loop_end: int = opt(0, "last of the layers that are run repeatedly", least=0)
     loop_count: int = opt(1, "times that loop_start..loop_end are run; 1: no looping")
-    loop_from_epoch: int = opt(0, "epoch, counted from 0, in which looping begins")
+    loop_from_epoch: int = opt(0, "epoch, counted from 0, in which looping begins", least=0)
+    recurrence_from: float = opt(0.0, "progress from which the network runs twice; 0: never")
+    window_schedule: str = opt("", "progress:S:L,... as parts of a row, with YaRN when L grows")
     softcap: float = opt(10.0, "logits are c*tanh(z/c); 0: not capped")
-    proj_init: str = opt("normal", "output projections of attention and MLP: normal or zero")
+    proj_init: str = opt("normal", "of the output projections", "normal", "zero", "small",
+                         "depth", "uniform", "xavier")
     mtp_weight: float = opt(0.0, "weight of the second-next-token loss (one extra block)")
+    second_weight: str = opt("", "progress:weight,... of the second next token, on the same logits")
+    third_weight: str = opt("", "progress:weight,... of the third next token, on the same logits")
 
     # ---- optimizer and regularization
     matrix_lr: float = opt(0.01, "Muon's learning rate, all matrices of the blocks")
@@ -126,18 +146,32 @@ class Config:
     head_lr: float = opt(0.0005, "AdamW's learning rate, output head")
     x0_lr: float = opt(0.025, "AdamW's learning rate, the a of x0_init")
     scalar_lr: float = opt(0.00025, "AdamW's learning rate, the r of resid_init and the skips")
+    gate_lr: float = opt(0.0, "AdamW's learning rate, attention gates; 0: Muon, like the matrices")
+    xsa_lr: float = opt(0.2, "AdamW's learning rate, xsa=learned")
+    iha_lr: float = opt(0.02, "AdamW's learning rate, iha")
+    grad_clip: float = opt(0.0, "largest norm of the whole gradient; 0: not clipped")
+    meta_lr: float = opt(0.0, "norm of the meta-gradient's inner step; 0: off")
+    meta_decay: bool = opt(False, "meta_lr falls with the learning rate's warmdown")
+    meta_scope: str = opt("matrices", "weights that take the inner step", "matrices", "mlp")
+    meta_rows: int = opt(16, "rows of half a virtual rank, whatever the number of GPUs")
     weight_decay: float = opt(1.3, "of matrices, embedding and head; a step takes lr*wd*w off")
-    momentum: float = opt(0.95, "Muon's momentum")
-    momentum_start: float = opt(0.85, "Muon's momentum at the first step")
-    momentum_steps: int = opt(300, "steps in which the momentum rises to its value; 0: at once")
+    momentum: float = opt(0.95, "Muon's momentum", below=1)
+    momentum_start: float = opt(0.85, "Muon's momentum at the first step", below=1)
+    momentum_steps: int = opt(300, "steps in which the momentum rises; 0: at once", least=0)
     muon_eq: bool = opt(True, "MuonEq-R: rows to unit length before orthogonalization")
-    normuon_beta2: float = opt(0.95, "NorMuon's second moment by neuron; 0: plain Muon")
+    normuon_beta2: float = opt(0.95, "NorMuon's second moment by neuron; 0: plain Muon", below=1)
     cautious: bool = opt(True, "decay only weights that the update does not push outwards")
-    dropout: float = opt(0.1, "after the output projections of attention and MLP")
+    dropout: float = opt(0.1, "after the output projections of attention and MLP", below=1)
+    mlp_dropout: bool = opt(True, "dropout after the MLP too")
+    stochastic_depth: float = opt(0.0, "probability to skip the last block; linear", below=1)
+    token_noise: float = opt(0.0, "part of the input tokens replaced by random ones", below=1)
+    masked_weight: float = opt(0.0, "weight of a loss on inputs with holes (a second forward)")
+    masked_rate: float = opt(0.15, "part of the tokens that are holes there", below=1)
     lr_warmup: float = opt(0.0, "fraction of the steps in which lr rises linearly from 0")
     lr_warmdown: float = opt(0.2, "fraction of the steps, at the end, in which lr falls")
     lr_power: float = opt(0.5, "the warmdown's exponent: 1 linear, 0.5 square root")
     lr_floor: float = opt(0.0, "lr at the end as a fraction of its peak")
+    sawtooth_epochs: int = opt(0, "last epochs in each of which lr falls to 0.05", least=0)
     wd_schedule: str = opt("0:1", "progress:multiplier,... of weight_decay, linear in between")
     loss_chunk: int = opt(2048, "tokens whose logits are in memory at once")
 
@@ -151,35 +185,68 @@ class Config:
         units = -(-8 * self.model_dim // (3 * self.mlp_multiple))
         return units * self.mlp_multiple if self.swiglu else 4 * self.model_dim
 
+    def rows_of(self, member):
+        """Rows a step of a member (from 1)."""
+        edge = min(member, self.num_models + 1 - member) <= self.num_models // 4
+        return self.edge_batch_rows if edge and self.edge_batch_rows else self.batch_rows
+
     def epochs_of(self, member):
         return self.first_epochs if member == 1 and self.first_epochs else self.num_epochs
 
 
-# What differs from the defaults. `limited`: the NanoGPT Slowrun's 1-hour track; `mini`: not tuned.
+# What differs from the defaults, which are the settings of `limited` where tracks share them. The
+# NanoGPT Slowrun's: limited (1 hour on 8 H100, slowrun #98), tiny (15 minutes, #99), two_hour (#96)
+# and unlimited (#90). cpu and mini are ours; mini is not tuned.
+LARGE = dict(loop_start=15, loop_end=20, loop_count=3, mtp_weight=0.3, iha=True, average="probs")
 TRACKS = {
     "cpu": dict(
         dataset="data/sample", vocab_size=2048, train_tokens=50_000, selection_tokens=5_000,
-        seq_len=256, batch_rows=8, device_batch_size=8, num_models=4, num_epochs=10, first_epochs=8,
-        final_mixture="learned", kd_alpha=0.5, num_layers=4, model_dim=128, num_heads=4,
-        mlp_multiple=32, window_pattern="L", softcap=15.0, matrix_lr=0.04, embed_lr=0.1,
-        head_lr=0.003, x0_lr=0.02, scalar_lr=0.002, weight_decay=1.5, momentum_steps=100,
-        lr_warmdown=0.4, lr_power=1.0, loss_chunk=1024),
+        time_limit=6, seq_len=256, batch_rows=8, device_batch_size=8, num_models=4, num_epochs=10,
+        first_epochs=8, ngram_order=4, final_mixture="ngram", kd_alpha=0.5, num_layers=4,
+        model_dim=128, num_heads=4, mlp_multiple=32, window_pattern="L", softcap=15.0,
+        matrix_lr=0.04, embed_lr=0.1, head_lr=0.003, x0_lr=0.02, scalar_lr=0.002,
+        weight_decay=1.0, momentum_steps=100, lr_warmdown=0.4, lr_power=1.0, loss_chunk=1024),
     "mini": dict(
-        train_tokens=4_000_000, selection_tokens=60_000, seq_len=1024, batch_rows=64,
+        train_tokens=4_000_000, selection_tokens=60_000, time_limit=15, seq_len=1024, batch_rows=64,
         device_batch_size=32, num_models=4, num_epochs=16, kd_alpha=0.5, num_layers=12,
         model_dim=768, num_heads=6, softcap=15.0, lr_warmdown=0.4, lr_power=1.0),
+    "tiny": dict(
+        time_limit=15, device_batch_size=32, num_epochs=15, num_layers=16, model_dim=1024,
+        num_heads=8, softcap=15.0, resid_init=1.1, rope_fraction=0.5, key_offset=True,
+        xsa="learned", recurrence_from=0.7, proj_init="zero", matrix_lr=0.032, embed_lr=0.12,
+        head_lr=0.0008, x0_lr=0.2, scalar_lr=0.002, gate_lr=0.2, muon_eq=False, weight_decay=0.8,
+        wd_schedule="0:1,0.1333:1,0.5333:0.125,1:1.1625", mlp_dropout=False, lr_warmdown=0.4,
+        lr_power=1.0, sawtooth_epochs=4, second_weight="0:0.5,0.33:0.5,0.66:0",
+        third_weight="0:0.25,0.33:0", average="weights_recency", average_epochs=4,
+        meta_lr=0.5, meta_scope="mlp"),
     "limited": dict(
-        loop_start=15, loop_end=20, loop_count=3, loop_from_epoch=6, mtp_weight=0.3),
+        **LARGE, time_limit=60, loop_from_epoch=6, sawtooth_epochs=3, average_epochs=3,
+        meta_lr=0.5, meta_decay=True, dropout=0.05,
+        wd_schedule="0:1,0.4:1,0.7273:0.65,0.8182:1.5,0.8182:0.65,0.9091:1.5,0.9091:0.65,1:1.5"),
+    "two_hour": dict(
+        **LARGE, time_limit=120, num_epochs=22, loop_from_epoch=13, sawtooth_epochs=8,
+        average_epochs=9, stochastic_depth=0.05,    # the public 11: two from before the loops
+        window_schedule=f"0:0.125:0.375,{6 / 22}:0.375:0.875,{13 / 22}:0.625:1",
+        wd_schedule="0:1,0.4:1,0.6364:0.65," + ",".join(
+            f"{e / 22:.4f}:0.65,{(e + 1) / 22:.4f}:1.5" for e in range(14, 22))),
+    "unlimited": dict(
+        device_batch_size=2, num_chains=5, num_models=96, num_epochs=2, continue_members=True,
+        edge_batch_rows=192, final_mixture="learned", mixture_size=256, kd_from=9, kd_alpha=0.45,
+        kd_temperature=1.2, model_dim=2048, num_heads=16, softcap=15.0, loop_start=15, loop_end=24,
+        loop_count=5, mtp_weight=0.3, iha=True, grad_clip=1.0, momentum_start=0.95, lr_warmdown=1.0,
+        lr_power=1.0, lr_floor=0.08, wd_schedule="0:0.7,1:1"),
 }
 
+# A preset's (upper limits of a track's numbers, values).
 PRESETS = {
-    "": {},
-    "toy": dict(
-        dataset="data/sample", vocab_size=2048, train_tokens=9_000, selection_tokens=1_000,
-        eval_tokens=2_000, seq_len=64, batch_rows=16, device_batch_size=4, num_epochs=2,
-        first_epochs=0, num_layers=4, model_dim=64, num_heads=2, mlp_multiple=32, loop_start=2,
-        loop_end=2, loop_from_epoch=1, momentum_steps=10, loss_chunk=512, compile=False,
-        final_mixture="uniform"),
+    "": ({}, {}),
+    "toy": (dict(
+        vocab_size=2048, train_tokens=9_000, selection_tokens=1_000, seq_len=64, batch_rows=16,
+        device_batch_size=4, num_models=4, num_chains=2, num_epochs=2, first_epochs=0, kd_from=2,
+        edge_batch_rows=12, mixture_size=2, average_epochs=2, sawtooth_epochs=1, num_layers=4,
+        model_dim=64, num_heads=2, mlp_multiple=32, loop_start=2, loop_end=2, loop_from_epoch=1,
+        momentum_steps=10, meta_rows=2, loss_chunk=512),
+        dict(dataset="data/sample", eval_tokens=2_000, compile=False)),
 }
 
 
@@ -193,8 +260,11 @@ def known(name, names, kind):
 
 def make_config(track="cpu", **overrides):
     """The Config of `track` with `overrides` (values, or their text). UserError if unsound."""
-    types, preset = {f.name: type(f.default) for f in fields(Config)}, overrides.get("preset", "")
-    values = {**TRACKS[known(track, TRACKS, "track")], **PRESETS[known(preset, PRESETS, "preset")]}
+    types = {f.name: type(f.default) for f in fields(Config)}
+    limits, changes = PRESETS[known(overrides.get("preset", ""), PRESETS, "preset")]
+    values = {**TRACKS[known(track, TRACKS, "track")], **changes}
+    for name, limit in limits.items():
+        values[name] = min(limit, values.get(name, getattr(Config, name)))
     for name, value in overrides.items():
         kind = types[known(name, types, "field")]
         if isinstance(value, str) and kind is not str:
@@ -210,26 +280,20 @@ def make_config(track="cpu", **overrides):
     return config
 
 
-CHOICES = {"final_mixture": ("uniform", "learned"), "proj_init": ("normal", "zero"),
-           "dtype": ("auto", "bfloat16", "float32"), "device": ("auto", "cuda", "mps", "cpu")}
-MAY_BE_ZERO = {"seed", "selection_tokens", "eval_tokens", "first_epochs", "momentum_steps",
-               "loop_start", "loop_end", "loop_from_epoch"}                # of the whole numbers
-BELOW_ONE = ("dropout", "momentum", "momentum_start", "normuon_beta2")
-
-
 def check_config(c):
     """UserError, in one line, for values that cannot work."""
     heads = sorted((n for n in range(1, c.model_dim + 1) if c.model_dim % n == 0),
                    key=lambda n: abs(n - c.num_heads))
-    problems = [(not math.isfinite(v), f"--{name}={v}: must be a finite number")
-                for name, v in vars(c).items() if type(v) is float]
-    problems += [(v < (type(v) is int and name not in MAY_BE_ZERO), f"--{name}={v}: must be"
-                  f" {'positive' if type(v) is int and name not in MAY_BE_ZERO else 'at least 0'}")
-                 for name, v in vars(c).items() if type(v) in (int, float)]
-    problems += [(getattr(c, name) not in values, f"--{name}={getattr(c, name)}: must be one of "
-                  + ", ".join(values)) for name, values in CHOICES.items()]
-    problems += [(getattr(c, name) >= 1, f"--{name}={getattr(c, name)}: must be below 1")
-                 for name in BELOW_ONE]
+    problems = []
+    for f in fields(c):
+        v, rule = getattr(c, f.name), f.metadata
+        is_number = type(v) in (int, float)
+        problems += [
+            (is_number and not math.isfinite(v), f"--{f.name}={v}: must be a finite number"),
+            (is_number and v < rule["least"], f"--{f.name}={v}: must be at least {rule['least']}"),
+            (is_number and v >= rule["below"], f"--{f.name}={v}: must be below {rule['below']:g}"),
+            (rule["choices"] and v not in rule["choices"], f"--{f.name}={v}: must be one of "
+             + ", ".join(choice or "(empty)" for choice in rule["choices"]))]
     problems += [
         (heads[0] != c.num_heads, f"--num_heads={c.num_heads} does not divide --model_dim="
          f"{c.model_dim}; the nearest that does: {heads[0]}"),
@@ -240,17 +304,39 @@ def check_config(c):
         (c.loop_count > 1 and not c.loop_start <= c.loop_end < c.num_layers, f"--loop_start="
          f"{c.loop_start} --loop_end={c.loop_end}: not a range of layers 0..{c.num_layers - 1}"),
         (set(c.window_pattern) - set("SL"), f"--window_pattern={c.window_pattern}: only S and L"),
-        (c.kd_alpha > 1, f"--kd_alpha={c.kd_alpha}: must be at most 1"),
+        *((getattr(c, name) > 1, f"--{name}={getattr(c, name)}: must be at most 1")
+          for name in ("kd_alpha", "subset_fraction", "rope_fraction")),
         (not c.kd_temperature, "--kd_temperature=0: must be positive"),
         (c.lr_warmup + c.lr_warmdown > 1, "--lr_warmup and --lr_warmdown together exceed 1"),
         (c.selection_tokens >= c.train_tokens, "--selection_tokens must be below --train_tokens"),
         (c.num_models == 1 and not c.include_first, "--include_first=false leaves no member"),
-        (c.final_mixture == "learned" and not c.selection_tokens,
-         "--final_mixture=learned needs --selection_tokens"),
+        (c.final_mixture != "uniform" and not c.selection_tokens,
+         f"--final_mixture={c.final_mixture} needs --selection_tokens"),
+        (c.final_mixture == "ngram" and not c.ngram_order,
+         "--final_mixture=ngram needs --ngram_order"),
+        (c.ngram_order > 4, f"--ngram_order={c.ngram_order}: must be at most 4"),
+        (c.average == "best" and not c.selection_tokens, "--average=best needs --selection_tokens"),
         (not re.fullmatch(r"([A-Za-z0-9][\w.\-]*)?", c.run_id),
          f"--run_id={c.run_id}: letters, digits, '.', '_' and '-' only, and no path")]
     refuse(problems)
-    piecewise_linear(c.wd_schedule, 0.0)
+    for name in ("wd_schedule", "second_weight", "third_weight"):
+        if getattr(c, name) or name == "wd_schedule":
+            parse_schedule(getattr(c, name), name)
+    if c.window_schedule:
+        parse_schedule(c.window_schedule, "window_schedule", "0:0.25:0.5,0.5:0.5:1")
+
+
+def parse_schedule(text, name="schedule", example="0:1,0.5:0.1,1:0.9"):
+    """"0:1,1:2" -> [(0.0, 1.0), (1.0, 2.0)]; UserError if it is not like `example`."""
+    try:
+        points = [tuple(map(float, part.split(":"))) for part in text.split(",")]
+    except ValueError:
+        points = [(math.nan,)]
+    width = example.split(",")[0].count(":") + 1
+    refuse([((width == 3 and points[0][0] != 0) or any(len(point) != width or not all(
+        math.isfinite(n) and n >= 0 for n in point) for point in points),
+        f"--{name}={text}: must read like {example}")])
+    return points
 
 
 def parse_arguments(argv):
@@ -265,18 +351,15 @@ def parse_arguments(argv):
 def help_text():
     lines = [__doc__, "Fields (--field=value), with the default of no track:", ""]
     for f in fields(Config):
-        lines.append(f"  --{f.name}={f.default}".ljust(34) + " " + f.metadata["help"])
+        choices = ", ".join(choice or "(empty)" for choice in f.metadata["choices"])
+        lines.append(f"  --{f.name}={f.default}".ljust(34) + " " + f.metadata["help"]
+                     + (f" ({choices})" if choices else ""))
     for track, changes in TRACKS.items():
         lines.append(f"\nTrack {track}: " + " ".join(f"{k}={v}" for k, v in changes.items()))
     return "\n".join(lines)
 
 
 # ==== Runtime: processes, device, dtype, log ====================================================
-# Dense bf16 peak of a device, FLOP/s, by a part of its name: NVIDIA's data sheets.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
-              "A100": 312e12, "L40S": 362e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12}
-
-
 @dataclass
 class Runtime:
     """The processes and the device of this run; one process and many take the same code path."""
@@ -287,23 +370,28 @@ class Runtime:
     attention: str              # "fa3", "flex" or "sdpa"
     compile: bool
     notes: list                 # what is slower or other than asked for: one line each
+    chains: tuple = (0,)        # the chains of members that these processes train
+    is_main: bool = True        # writes the log
+    group: object = None        # of the processes of a chain; None: all
+    across: object = None       # of the processes with this rank in every chain; None: one chain
 
     def sum(self, tensor):
-        """Sum of `tensor` over the processes, in place."""
+        """Sum of `tensor` over the processes of a chain, in place."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def gather(self, tensor):
-        """[n, ...] of each process -> [world * n, ...], on all of them."""
-        if self.world == 1:
+    def gather(self, tensor, group=None):
+        """[n, ...] of each process of the chain (or `group`) -> [processes * n, ...] on all."""
+        group = group or self.group
+        if not dist.is_initialized() or dist.get_world_size(group) == 1:
             return tensor
-        whole = tensor.new_empty(self.world * len(tensor), *tensor.shape[1:])
-        all_gather(whole, tensor.contiguous())
+        whole = tensor.new_empty(dist.get_world_size(group) * len(tensor), *tensor.shape[1:])
+        all_gather(whole, tensor.contiguous(), group=group)
         return whole
 
     def barrier(self):
-        if self.world > 1:
+        if dist.is_initialized():
             dist.barrier()
 
     def synchronize(self):
@@ -341,10 +429,19 @@ def start_runtime(c):
                     "bfloat16" if fast_bf16 else "float32")
     compiles = c.compile and (kind == "cuda" or kind == "cpu" and any(
         map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))))
+    torch._dynamo.config.recompile_limit = 64       # stages, and a teacher; beyond it is eager
     if c.compile and not compiles:
         notes.append(f"compile   off: {'no C++ compiler found' if kind == 'cpu' else kind}; slower")
-    attention = choose_attention(device, dtype, compiles, notes)
-    return Runtime(rank, world, device, dtype, attention, compiles, notes)
+    attention = choose_attention(device, dtype, compiles, notes) if not c.document_mask else "sdpa"
+    rt = Runtime(rank, world, device, dtype, attention, compiles, notes, tuple(range(c.num_chains)),
+                 rank == 0)
+    if world > 1 and c.num_chains > 1:
+        refuse([(world % c.num_chains, f"--num_chains={c.num_chains} does not divide {world}"
+                 " processes; use a multiple of it, or one process")])
+        mesh = dist.init_device_mesh(kind, (c.num_chains, world // c.num_chains))
+        rt.world, rt.group, rt.across = world // c.num_chains, mesh.get_group(1), mesh.get_group(0)
+        rt.rank, rt.chains = rank % rt.world, (rank // rt.world,)
+    return rt
 
 
 def choose_attention(device, dtype, compiles, notes):
@@ -363,173 +460,12 @@ def choose_attention(device, dtype, compiles, notes):
         return path
 
 
-def hardware_name(device):
-    if device.type == "cuda":
-        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name(device)}"
-    return f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
-
-
-def peak_flops(device):
-    """FLOP/s of one device, or None if unknown (MFU is then n/a)."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
-def peak_memory(device):
-    """Bytes: allocated at most on the GPU, or resident at most in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    units = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * units
-
-
-class Log:
-    """Console, runs/<id>/log.txt and metrics.jsonl. Only rank 0 writes."""
-
-    def __init__(self, folder, active, every_seconds):
-        self.folder, self.active, self.every = folder, active, every_seconds
-        self.terminal, self.live, self.last = sys.stdout.isatty(), False, 0.0
-        if active:
-            (folder / "members").mkdir(parents=True, exist_ok=True)
-            self.text = open(folder / "log.txt", "w", encoding="utf-8")
-            self.numbers = open(folder / "metrics.jsonl", "w", encoding="utf-8")
-
-    def say(self, text, console=True):
-        """A line for log.txt and the console."""
-        if self.active:
-            print(text, file=self.text, flush=True)
-        if self.active and console:
-            print(("\r\033[K" if self.live else "") + text, flush=True)
-            self.live = False
-
-    def progress(self, text, always=False):
-        """One line that rewrites itself on a terminal, else a line every few seconds."""
-        now = time.monotonic()
-        if self.active and (always or now - self.last > (0.2 if self.terminal else self.every)):
-            print("\r\033[K" + text if self.terminal else text, flush=True,
-                  end="" if self.terminal else "\n")
-            self.live, self.last = self.terminal, now
-
-    def metrics(self, **numbers):
-        """`key:value` pairs for log.txt, one JSON line for metrics.jsonl."""
-        if self.active:
-            self.say(" ".join(f"{name}:{value:.6g}" for name, value in numbers.items()), False)
-            print(json.dumps(numbers), file=self.numbers, flush=True)
-
-
-def git_commit():
-    """Hash of HEAD, with "-dirty" behind it if tracked files differ; "unknown" without git."""
-    try:
-        command = ("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
-                              check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-# ==== Data ======================================================================================
-MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256   # llm.c's and modded-nanogpt's shard format
-GPT2_VOCAB, GPT2_BOS = 50257, 50256              # what a header with zeros there means
-
-
-def read_shard(path, vocab_size, sha256):
-    """uint16 memory map of the tokens, BOS id, SHA-256. UserError if the file is not sound."""
-    try:
-        header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    again = "fetch or build the dataset again"
-    refuse([(len(header) < HEADER_INTS or header[0] != MAGIC,
-             f"{path}: not a token shard (wrong magic); {again}")])
-    count, vocab, bos = int(header[2]), int(header[3]) or GPT2_VOCAB, int(header[4]) or GPT2_BOS
-    held = (size - 4 * HEADER_INTS) / 2
-    refuse([(header[1] != VERSION, f"{path}: shard version {header[1]}, not {VERSION}; {again}"),
-            (count < 2 or held != count,
-             f"{path}: the header says {count} tokens, the file holds {held:g}; {again}"),
-            (vocab != vocab_size, f"{path}: vocabulary of {vocab}; set --vocab_size={vocab}")])
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(count,))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    refuse([(tokens.max() >= vocab, f"{path}: token {tokens.max()} is not below {vocab}; {again}"),
-            (tokens[0] != bos, f"{path}: must begin with BOS {bos}, not {tokens[0]}; {again}"),
-            (sha256 not in (None, digest), f"{path}: its SHA-256 is not meta.json's; {again}")])
-    return tokens, bos, digest
-
-
-def split_documents(tokens, bos):
-    """[n] -> list of views, one a document, each beginning with BOS."""
-    starts = np.flatnonzero(tokens == bos)
-    return [tokens[a:b] for a, b in zip(starts, [*starts[1:], len(tokens)])]
-
-
-def cut_documents(documents, budget):
-    """The first documents, the last one shortened, that make exactly `budget` tokens."""
-    kept, total = [], 0
-    for document in documents:
-        if total >= budget:
-            break
-        kept.append(document[:budget - total])
-        total += len(kept[-1])
-    return kept
-
-
-@dataclass
-class Dataset:
-    """Lists of documents (uint16 views that begin with BOS) and the folder's meta.json."""
-    train: list
-    selection: list
-    val: list
-    holdout: list
-    bos: int
-    meta: dict
-    hashes: dict                # file name -> SHA-256
-    bytes_per_token: dict       # split -> UTF-8 bytes of text a token, 0 if unknown
-    notes: list
-
-
-def load_dataset(c):
-    """Read `c.dataset`, cut selection and budget, check that no val document is in train."""
-    folder = ROOT / c.dataset
-    script = folder.name if folder.name in ("sample", "fineweb") else "YOUR_SCRIPT"
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        listed = {key: (facts.get("sha256"), int(facts.get("text_bytes") or 0))
-                  for key, facts in meta.get("splits", {}).items()}
-        data_efficiency(1.0, meta.get("baseline"), 1)
-    except FileNotFoundError:
-        meta, listed = {}, {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'meta.json'}: cannot be read ({error})") from None
-    splits, hashes, per_token, bos = {}, {}, {}, None
-    for split in ("train", "val", "holdout"):
-        documents, tokens, text_bytes = [], 0, 0
-        for path in sorted(folder.glob(f"*_{split}_*.bin")):
-            if tokens >= c.train_tokens and split == "train":
-                break
-            sha256, size = listed.get(f"{split}_{path.stem.rpartition('_')[2]}", (None, 0))
-            shard, bos, hashes[path.name] = read_shard(path, c.vocab_size, sha256)
-            documents += split_documents(shard, bos)
-            tokens, text_bytes = tokens + len(shard), text_bytes + size
-        refuse([(not documents, f"{folder}: no {split} shards; get them with: python"
-                 f" data/{script}.py"),
-                (split == "train" and tokens < c.train_tokens, f"{folder}: {tokens:,} tokens in"
-                 f" train, fewer than --train_tokens={c.train_tokens}; get more or lower it")])
-        splits[split], per_token[split] = documents, text_bytes / tokens
-    held_out = {document.tobytes() for document in splits["val"] + splits["holdout"]}
-    train = [document for document in splits["train"] if document.tobytes() not in held_out]
-    lost = len(splits["train"]) - len(train)
-    # a few exact duplicates are normal in web text, more mean that the splits are wrong
-    refuse([(lost > 0.005 * len(held_out), f"{folder}: {lost} documents of train are also in val or"
-             " holdout; the splits overlap, build the dataset again")])
-    notes = [f"data      {lost} documents of train left out: val or holdout has them"][:lost]
-    for split in ("val", "holdout") if c.eval_tokens else ():
-        splits[split] = cut_documents(splits[split], c.eval_tokens)
-    train, selected = cut_documents(train, c.train_tokens), 0
-    while sum(map(len, train[:selected])) < c.selection_tokens:
-        selected += 1
-    refuse([(selected >= len(train), f"--selection_tokens={c.selection_tokens} takes all documents"
-             " of train; lower it")])
-    return Dataset(train[selected:], train[:selected], splits["val"], splits["holdout"], bos,
-                   meta, hashes, per_token, notes)
+# ==== Data (data/shards.py reads the shards) ====================================================
+def member_documents(documents, fraction, seed):
+    """A random part of `documents` (at least one), in their order; all of them if fraction is 1."""
+    count = max(1, round(fraction * len(documents)))
+    chosen = np.random.default_rng((seed, 1)).permutation(len(documents))[:count]
+    return [documents[i] for i in sorted(chosen)]
 
 
 class Rows:
@@ -578,12 +514,34 @@ GATE_CHANNELS, VALUE_GATE_CHANNELS = 12, 32   # of the residual stream, that the
 
 class Stage(NamedTuple):
     """What of the model's graph changes in the course of training."""
-    from_epoch: int
-    loops: int
+    start: float                # progress, 0 to 1
+    loops: int                  # times that loop_start..loop_end are run
+    passes: int                 # times that the whole network is run, all but the last detached
+    windows: tuple              # keys that a query of each layer sees, itself included
+    yarn: tuple                 # window growths (old, new) so far, for yarn()
 
 
 def stages(c):
-    return [Stage(0, 1), Stage(c.loop_from_epoch, c.loop_count)][:1 + (c.loop_count > 1)]
+    """The stages of a member's training, in order."""
+    growth = parse_schedule(c.window_schedule or "0:0.5:1", "window_schedule", "0:0.5:1")
+    loop_from = c.loop_from_epoch / c.num_epochs if c.loop_count > 1 else 0.0
+    starts = {0.0, loop_from, c.recurrence_from, *(start for start, _, _ in growth)}
+    result = []
+    for start in sorted(starts):
+        short, long = [entry[1:] for entry in growth if entry[0] <= start][-1]
+        sizes = [round(entry[2] * c.seq_len) for entry in growth if entry[0] <= start]
+        result.append(Stage(
+            start, c.loop_count if start >= loop_from else 1,
+            2 if c.recurrence_from and start >= c.recurrence_from else 1,
+            windows(c, short, long), tuple(zip(sizes, sizes[1:]))))
+    return result
+
+
+def windows(c, short=0.5, long=1.0):
+    """Keys that a query of each layer sees, itself included: S or L, parts of a row."""
+    pattern = (c.window_pattern or "L") * c.num_layers
+    sizes = {kind: max(1, round(part * c.seq_len)) for kind, part in (("S", short), ("L", long))}
+    return tuple(sizes[kind] for kind in (*pattern[:c.num_layers - 1], "L"))
 
 
 def layer_order(c, loops):
@@ -595,11 +553,19 @@ def layer_order(c, loops):
     return layers
 
 
-def windows(c):
-    """Keys that a query of each layer sees, itself included: S half a row, L all of it."""
-    pattern = (c.window_pattern or "L") * c.num_layers
-    sizes = {"S": max(1, c.seq_len // 2), "L": c.seq_len}
-    return [sizes[kind] for kind in pattern[:c.num_layers - 1]] + [c.seq_len]
+def yarn(frequency, growths):
+    """(frequencies, factor of the attention scale) after windows grew: modded-nanogpt's YaRN.
+
+    Frequencies that turn less than once in the old window are interpolated, those that turn 32
+    times are kept, in between is linear (arXiv 2309.00071).
+    """
+    scale = 1.0
+    for old, new in growths:
+        turns = old * frequency / (2 * math.pi)
+        keep = ((turns - 1) / 31).clamp(0, 1)
+        frequency = frequency * (old / new + keep * (1 - old / new))
+        scale *= 0.2 * math.log(new / old) + 1
+    return frequency, scale
 
 
 def norm(x):
@@ -624,17 +590,29 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-def attend(q, k, v, window, mask, path):
-    """Causal attention, q, k, v [B, T, H, Dh]; a query sees `window` keys. mask: of make_mask."""
-    if path == "fa3":
+class Sight(NamedTuple):
+    """What a layer's attention knows of positions: made by GPT.prepare."""
+    window: int                 # keys that a query sees, itself included
+    mask: object                # of make_mask
+    rope: tuple | None          # cos, sin [T, 1, Dh/2]
+    still: object               # bool [Dh]: key channels taken from the token before, or None
+    scale: float                # of the products of queries and keys
+    path: str                   # "fa3", "flex" or "sdpa"
+
+
+def attend(q, k, v, sight):
+    """Causal attention, q, k, v [B, T, H, Dh] -> [B, T, H, Dh]."""
+    if sight.path == "fa3":
         from flash_attn_interface import flash_attn_func
-        y = flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
+        y = flash_attn_func(q, k, v, causal=True, window_size=(sight.window - 1, 0),
+                            softmax_scale=sight.scale)
         return y[0] if isinstance(y, tuple) else y
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if path == "flex":
-        y = flex_attention(q, k, v, block_mask=mask)
+    if sight.path == "flex":
+        y = flex_attention(q, k, v, block_mask=sight.mask, scale=sight.scale)
     else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=sight.mask, scale=sight.scale,
+                                           is_causal=sight.mask is None)
     return y.transpose(1, 2)
 
 
@@ -655,25 +633,41 @@ class Attention(nn.Module):
 
     def __init__(self, c, has_value_projection):
         super().__init__()
-        self.heads, self.qk_norm = c.num_heads, c.qk_norm
+        self.heads, self.qk_norm, self.xsa_kind = c.num_heads, c.qk_norm, c.xsa
         self.q = Linear(c.model_dim, c.model_dim)
         self.k = Linear(c.model_dim, c.model_dim)
         self.v = Linear(c.model_dim, c.model_dim)
         self.proj = Linear(c.model_dim, c.model_dim)
         self.gate = Linear(GATE_CHANNELS, c.num_heads) if c.attn_gate else None
         self.value_gate = Linear(VALUE_GATE_CHANNELS, c.num_heads) if has_value_projection else None
+        self.xsa = nn.Parameter(torch.empty(c.num_heads)) if c.xsa == "learned" else None
+        self.mix = nn.Parameter(torch.empty(3, c.num_heads, c.num_heads)) if c.iha else None
 
-    def forward(self, x, value, rope, window, mask, path):
+    def project(self, x):
+        """q, k, v [B, T, H, Dh]; with IHA each head's weights are a mixture of all heads'."""
         B, T, D = x.shape
-        q, k, v = (layer(x).view(B, T, self.heads, -1) for layer in (self.q, self.k, self.v))
+        weights = [layer.weight for layer in (self.q, self.k, self.v)]
+        if self.mix is not None:         # slowrun #69: -0.008
+            weights = [(m @ w.view(self.heads, -1)).view(D, D) for m, w in zip(self.mix, weights)]
+        return (F.linear(x, w.to(x.dtype)).view(B, T, self.heads, -1) for w in weights)
+
+    def forward(self, x, value, sight):
+        B, T, D = x.shape
+        q, k, v = self.project(x)
         if self.value_gate is not None:  # the gate starts at 1 (slowrun #11: -0.027)
             gate = 2 * torch.sigmoid(self.value_gate(x[..., :VALUE_GATE_CHANNELS]))
             v = v + gate.unsqueeze(-1) * value.view(B, T, self.heads, -1)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+        if sight.rope is not None:
+            q, k = rotate(q, *sight.rope), rotate(k, *sight.rope)
         if self.qk_norm:
             q, k = norm(q), norm(k)
-        y = attend(q, k, v, window, mask, path)
+        if sight.still is not None:      # keys of the token before (modded-nanogpt)
+            k = torch.where(sight.still, torch.cat((k[:, :1], k[:, :-1]), dim=1), k)
+        y = attend(q, k, v, sight)
+        if self.xsa_kind:                # exclusive self-attention: less of the token's own value
+            own = v / v.norm(dim=-1, keepdim=True).clamp(min=1e-4)
+            part = torch.tanh(self.xsa).view(-1, 1).to(y.dtype) if self.xsa is not None else 1.0
+            y = y - part * (y * own).sum(dim=-1, keepdim=True) * own
         if self.gate is not None:        # slowrun #21: -0.019
             y = y * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS])).unsqueeze(-1)
         return self.proj(y.reshape(B, T, D))
@@ -697,12 +691,12 @@ class Block(nn.Module):
     def __init__(self, c, has_value_projection):
         super().__init__()
         self.attn, self.mlp = Attention(c, has_value_projection), MLP(c)
-        self.dropout = c.dropout
+        self.dropout, self.mlp_dropout = c.dropout, c.dropout if c.mlp_dropout else 0.0
 
-    def forward(self, x, value, rope, window, mask, path):
-        y = self.attn(norm(x), value, rope, window, mask, path)
+    def forward(self, x, value, sight):
+        y = self.attn(norm(x), value, sight)
         x = x + F.dropout(y, self.dropout, self.training)
-        return x + F.dropout(self.mlp(norm(x)), self.dropout, self.training)
+        return x + F.dropout(self.mlp(norm(x)), self.mlp_dropout, self.training)
 
 
 class GPT(nn.Module):
@@ -728,12 +722,13 @@ class GPT(nn.Module):
             c.unet and c.num_layers > 1) else None
         self.mtp_proj = Linear(2 * c.model_dim, c.model_dim) if c.mtp_weight else None
         self.mtp_block = Block(c, False) if c.mtp_weight else None
-        self.windows, self.masks, self.rope = windows(c), {}, None
+        self.stage, self.sights, self.bos = None, {}, None
 
     @torch.no_grad()
     def init_weights(self, seed):
         """Fill every parameter, by name, from `seed`; the same values on all ranks."""
         c, random = self.config, torch.Generator(self.wte.weight.device).manual_seed(seed)
+        d = c.model_dim
         normal = lambda std: lambda p: p.normal_(0, std, generator=random)
         constant = lambda value: lambda p: p.fill_(value)
         unit_gain = lambda p: p.uniform_(-1, 1, generator=random).mul_((3 / p.shape[1]) ** 0.5)
@@ -743,11 +738,15 @@ class GPT(nn.Module):
             (r"resid_lambdas", constant(c.resid_init)),
             (r"x0_lambdas", constant(c.x0_init)),
             (r"skip_lambdas", constant(1)),
+            (r".*attn\.xsa", constant(0)),
+            (r".*attn\.mix", lambda p: p.copy_(torch.eye(c.num_heads).expand_as(p))),
             (r".*attn\.(value_)?gate\.weight", constant(0)),
-            (r".*\.([qkv]|fc)\.weight|.*mlp\.gate\.weight", unit_gain),
-            (r"(value_projs\.\d+|mtp_proj)\.weight", unit_gain),
-            (r".*\.proj\.weight",       # normal: -0.007 over zero (slowrun #59)
-             normal(c.model_dim ** -0.5 if c.proj_init == "normal" else 0)))
+            (r".*(\.[qkv]|\.fc|mlp\.gate|value_projs\.\d+|mtp_proj)\.weight", unit_gain),
+            (r".*\.proj\.weight", {      # normal: -0.007 over zero (slowrun #59)
+                "normal": normal(d ** -0.5), "zero": constant(0), "small": normal(0.001),
+                "depth": normal((2 * c.num_layers * d) ** -0.5), "uniform": lambda p: p.uniform_(
+                    -(3 / d) ** 0.5, (3 / d) ** 0.5, generator=random),
+                "xavier": lambda p: normal((2 / sum(p.shape)) ** 0.5)(p)}[c.proj_init]))
         for name, p in self.named_parameters():
             rules = [fill for pattern, fill in table if re.fullmatch(pattern, name)]
             if len(rules) != 1:
@@ -755,27 +754,29 @@ class GPT(nn.Module):
             rules[0](p)
         return self
 
-    def prepare(self, length):
-        """Masks and rotation tables for rows of `length`; call it outside of compiled code."""
+    def prepare(self, length, stage=None):
+        """Set the stage (None: the last) and positions of `length` tokens, outside of a graph."""
         c, device = self.config, self.wte.weight.device
-        half = c.model_dim // c.num_heads // 2
-        if c.rope_base:
-            frequency = c.rope_base ** (-torch.arange(half, device=device) / half)
-            angle = torch.arange(length, device=device)[:, None, None] * frequency
-            self.rope = angle.cos().to(self.dtype), angle.sin().to(self.dtype)  # [T, 1, Dh/2]
-        self.masks = {window: make_mask(window, length, device, self.attention)
-                      for window in {*self.windows, c.seq_len}}
+        self.stage = stage = stage or stages(c)[-1]
+        width = c.model_dim // c.num_heads
+        turning = max(1, round(width // 2 * c.rope_fraction))
+        frequency = c.rope_base ** (-torch.arange(turning, device=device) / turning)
+        frequency, factor = yarn(frequency, stage.yarn)
+        frequency = F.pad(frequency, (0, width // 2 - turning))     # the other pairs stand still
+        angle = torch.arange(length, device=device)[:, None, None] * frequency      # [T, 1, Dh/2]
+        rope = (angle.cos().to(self.dtype), angle.sin().to(self.dtype)) if c.rope_base else None
+        still = (torch.arange(width, device=device) % (width // 2) >= turning)
+        self.sights = {window: Sight(
+            window, make_mask(window, length, device, self.attention), rope,
+            still if c.key_offset and window == max(stage.windows) else None,
+            factor * width ** -0.5, self.attention) for window in {*stage.windows, c.seq_len}}
         return self
 
-    def run_block(self, block, x, value, window):
-        return block(x, value, self.rope, window, self.masks[window], self.attention)
-
-    def forward(self, tokens, loops=1):
-        """int64 [B, T] -> normalized final hidden states [B, T, D]. `prepare(T)` comes first."""
+    def trunk(self, x, x0, sights):
+        """One pass through the layers. x, x0 [B, T, D]"""
         c, skips = self.config, {}
-        half = c.num_layers // 2
-        x = x0 = norm(self.wte(tokens).to(self.dtype))
-        for i in layer_order(c, loops):
+        half, deepest = c.num_layers // 2, max(1, c.num_layers - 1)
+        for i in layer_order(c, self.stage.loops):
             mirror = c.num_layers - 1 - i
             if self.skip_lambdas is not None and i > mirror:     # U-Net (slowrun #17: -0.021)
                 x = x + self.skip_lambdas[half - 1 - mirror] * skips[mirror]
@@ -784,19 +785,47 @@ class GPT(nn.Module):
             if self.x0_lambdas is not None:
                 x = x + self.x0_lambdas[i] * x0
             value = self.value_projs[str(i)](x0) if str(i) in self.value_projs else None
-            x = self.run_block(self.blocks[i], x, value, self.windows[i])
+            y = self.blocks[i](x, value, sights[self.stage.windows[i]])
+            if self.training and c.stochastic_depth * i:         # slowrun #62: -0.003
+                kept = torch.rand((), device=x.device) >= c.stochastic_depth * i / deepest
+                y = torch.where(kept, y, x)
+            x = y
             if i < mirror:
                 skips[i] = x
-        return norm(x)
+        return x
 
-    def mtp_hidden(self, hidden, next_tokens):
+    def forward(self, tokens):
+        """int64 [B, T] -> normalized final hidden states [B, T, D]. `prepare(T)` comes first.
+
+        A token of -1 is masked: it has no embedding.
+        """
+        x0 = norm(self.wte(tokens.clamp(min=0)).to(self.dtype)) * (tokens >= 0).unsqueeze(-1)
+        sights, x = self.seen_in(tokens), x0
+        if self.stage.passes > 1:       # full recurrence (slowrun #92: -0.005)
+            with torch.no_grad():
+                x = norm(self.trunk(x, x0, sights))
+        return norm(self.trunk(x, x0, sights))
+
+    def seen_in(self, tokens):
+        """self.sights, with document masks if they are wanted."""
+        if not self.config.document_mask:
+            return self.sights
+        document = (tokens == self.bos).cumsum(dim=1)
+        same = (document[:, None, :, None] == document[:, None, None, :]).tril()    # [B, 1, T, T]
+        inside = (tokens != self.bos)[:, :, None, None]     # a BOS has no token before
+        return {window: sight._replace(
+            mask=same if sight.mask is None else same & sight.mask,
+            still=None if sight.still is None else sight.still & inside)
+            for window, sight in self.sights.items()}
+
+    def mtp_hidden(self, hidden, tokens, next_tokens):
         """Hidden states that predict the token after next (DeepSeek's MTP). [B, T, D]
 
-        hidden: what `forward` returned; next_tokens: int64 [B, T], the targets of `hidden`.
+        hidden: what `forward(tokens)` returned; next_tokens: int64 [B, T], its targets.
         """
         following = norm(self.wte(next_tokens).to(self.dtype))
         x = self.mtp_proj(torch.cat((hidden, following), dim=-1))
-        return norm(self.run_block(self.mtp_block, x, None, self.config.seq_len))
+        return norm(self.mtp_block(x, None, self.seen_in(tokens)[self.config.seq_len]))
 
     def logits(self, hidden):
         """[..., D] -> softcapped fp32 logits [..., vocab_size]; the padding is not among them."""
@@ -808,7 +837,8 @@ class GPT(nn.Module):
 def flops_per_token(c, stage):
     """Training FLOPs a token: 6 per matmul parameter and exact causal window attention.
 
-    A layer that is run k times counts k times; the MTP block and its use of the head count too.
+    A layer that is run k times counts k times; the MTP block and its use of the head count too,
+    and so does the second forward of masked inputs.
     """
     # the mean number of keys over a row's positions; each costs 12 D
     keys = lambda window: (window * (window + 1) / 2 + (c.seq_len - window) * window) / c.seq_len
@@ -816,9 +846,12 @@ def flops_per_token(c, stage):
         model = GPT(c)
     size = lambda module: sum(p.numel() for p in module.parameters())
     total = 6 * size(model.head)
+    passes = 1 + (stage.passes - 1) / 3                 # all but the last are forward only
     for i in layer_order(c, stage.loops):
         value = size(model.value_projs[str(i)]) if str(i) in model.value_projs else 0
-        total += 6 * (size(model.blocks[i]) + value) + 12 * c.model_dim * keys(model.windows[i])
+        total += passes * (6 * (size(model.blocks[i]) + value)
+                           + 12 * c.model_dim * keys(stage.windows[i]))
+    total *= 1 + bool(c.masked_weight)
     if c.mtp_weight:
         total += 6 * sum(map(size, (model.mtp_block, model.mtp_proj, model.head)))
         total += 12 * c.model_dim * keys(c.seq_len)
@@ -837,12 +870,14 @@ def capped_logits(hidden, weight, softcap):
     return softcap * torch.tanh(z / softcap) if softcap else z
 
 
-def loss_chunk(h, w, y, teacher_h, teacher_w, alpha, temperature, softcap, vocab):
+def loss_chunk(h, w, y, y_weights, teacher_h, teacher_w, alpha, temperature, softcap, vocab):
     """Loss and gradients of one chunk of tokens; at most two [n, V] logits live at once.
 
     (1 - alpha) * CE + alpha * T^2 * KL(teacher || student), both at temperature T, of softcapped
-    logits. h [n, D], w [V, D], y int64 [n] (-1: not counted), teacher_* likewise or None.
-    Returns the sums of CE and KL and d(sum of the loss) / dh [n, D], / dw [V, D].
+    logits. h [n, D], w [V, D], teacher_* likewise or None; y int64 [n, J]: the next token and those
+    after it (-1: none; a token without a next one is not counted), whose cross-entropies add up to
+    CE with y_weights [J]. Returns the sums of CE, of the next token's CE and of KL, and
+    d(sum of the loss) / dh [n, D], / dw [V, D].
     """
     s = capped_logits(h, w, softcap)
     slope = 1 - (s / softcap) ** 2 if softcap else 1.0
@@ -850,10 +885,12 @@ def loss_chunk(h, w, y, teacher_h, teacher_w, alpha, temperature, softcap, vocab
     real = column < vocab                       # the padding never receives probability
     s = torch.where(real, s, -torch.inf)
     logp = torch.log_softmax(s, dim=1)
-    counted = (y >= 0).unsqueeze(1)
-    is_target = (column == y.unsqueeze(1))
-    ce = -torch.where(is_target, logp, 0).sum()
-    grad = (1 - alpha) * (logp.exp() - is_target.to(s.dtype))
+    counted = y[:, :1] >= 0
+    next_ce = -torch.where(column == y[:, :1], logp, 0).sum()
+    wanted = counted * sum(y_weights[j] * (column == y[:, j:j + 1]) for j in range(y.shape[1]))
+    ce = -torch.where(wanted > 0, wanted * logp, 0).sum()
+    mass = ((y >= 0) * y_weights).sum(dim=1, keepdim=True)
+    grad = (1 - alpha) * (mass * logp.exp() - wanted)
     kl = torch.zeros_like(ce)
     if teacher_h is not None:
         t = torch.where(real, capped_logits(teacher_h, teacher_w, softcap), -torch.inf)
@@ -864,40 +901,42 @@ def loss_chunk(h, w, y, teacher_h, teacher_w, alpha, temperature, softcap, vocab
         kl = torch.where(counted, q * difference, 0).sum()
         grad = grad + alpha * temperature * (student_logp.exp() - q)
     grad = torch.where(counted, grad * slope, 0).to(h.dtype)
-    return ce, kl, grad @ w, grad.T @ h
+    return ce, next_ce, kl, grad @ w, grad.T @ h
 
 
 class ChunkedLoss(torch.autograd.Function):
     """Head, softcap, CE and KL over chunks of tokens, with the gradients made in the forward.
 
     No [tokens, vocabulary] tensor of the micro-batch ever exists (as in Liger Kernel). Returns sums
-    (loss, ce, kl) over the counted tokens; the loss has gradients for hidden [N, D], weight [V, D].
+    over the counted tokens: loss, CE of the next token, KL; the loss has gradients for hidden
+    [N, D] and weight [V, D].
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, teacher_hidden, teacher_weight, alpha, temperature,
-                softcap, vocab, chunk, chunk_function):
+    def forward(ctx, hidden, weight, targets, target_weights, teacher_hidden, teacher_weight, alpha,
+                temperature, softcap, vocab, chunk, chunk_function):
         w = weight.to(hidden.dtype)
-        ce = kl = torch.zeros((), device=hidden.device, dtype=widen(hidden[:0]).dtype)
+        sums = torch.zeros(3, device=hidden.device, dtype=widen(hidden[:0]).dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             teacher = teacher_hidden[rows] if teacher_hidden is not None else None
-            chunk_ce, chunk_kl, grad_hidden[rows], grad_w = chunk_function(
-                hidden[rows], w, targets[rows], teacher, teacher_weight, alpha, temperature,
-                softcap, vocab)
-            ce, kl = ce + chunk_ce, kl + chunk_kl
+            *parts, grad_hidden[rows], grad_w = chunk_function(
+                hidden[rows], w, targets[rows], target_weights, teacher, teacher_weight, alpha,
+                temperature, softcap, vocab)
+            sums += torch.stack(parts)
             grad_weight += grad_w
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.mark_non_differentiable(ce, kl)
-        return (1 - alpha) * ce + alpha * temperature ** 2 * kl, ce, kl
+        ce, next_ce, kl = sums.unbind()
+        ctx.mark_non_differentiable(next_ce, kl)
+        return (1 - alpha) * ce + alpha * temperature ** 2 * kl, next_ce, kl
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
         grad_hidden, grad_weight = ctx.saved_tensors
         return (grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss,
-                *[None] * 9)
+                *[None] * 10)
 
 
 def target_logprobs(hidden, weight, targets, softcap, vocab):
@@ -922,8 +961,12 @@ def parameter_table(c):
     """(pattern of names, optimizer, lr, weight decay, betas); each parameter matches just one."""
     wd = c.weight_decay
     return (
-        (r"(blocks\.\d+|mtp_block)\..*weight|(value_projs\.\d+|mtp_proj)\.weight",
+        (r"(blocks\.\d+|mtp_block)\.(?!attn\.gate).*weight|(value_projs\.\d+|mtp_proj)\.weight",
          "muon", c.matrix_lr, wd, None),
+        (r".*attn\.gate\.weight", *(("adamw", c.gate_lr, 0.0, (0.9, 0.99)) if c.gate_lr else
+                                    ("muon", c.matrix_lr, wd, None))),
+        (r".*attn\.xsa", "adamw", c.xsa_lr, 0.0, (0.9, 0.95)),
+        (r".*attn\.mix", "adamw", c.iha_lr, 0.0, (0.8, 0.95)),
         (r"wte\.weight", "adamw", c.embed_lr, wd, (0.8, 0.95)),
         (r"head\.weight", "adamw", c.head_lr, wd, (0.8, 0.95)),
         (r"x0_lambdas", "adamw", c.x0_lr, 0.0, (0.96, 0.95)),
@@ -1005,8 +1048,9 @@ class MuonAdamW:
     ValueError if a parameter is in no group of the table, or in two.
     """
 
-    def __init__(self, named_parameters, config, world=1, rank=0, dtype=torch.float32):
+    def __init__(self, named_parameters, config, world=1, rank=0, dtype=torch.float32, group=None):
         self.config, self.world, self.dtype, self.steps, members = config, world, dtype, 0, {}
+        self.process_group = group
         for name, p in named_parameters:
             rows = [row for row in parameter_table(config) if re.fullmatch(row[0], name)]
             if len(rows) != 1:
@@ -1026,9 +1070,12 @@ class MuonAdamW:
             reductions.append(self.scatter(whole, group.share))
             for p in group.params:
                 p.grad = None
-        for group, (grad, handle) in zip(self.groups, reductions):
+        for grad, handle in reductions:
             if handle is not None:
                 handle.wait()
+        if c.grad_clip:
+            self.clip([grad for grad, _ in reductions], c.grad_clip)
+        for group, (grad, _) in zip(self.groups, reductions):
             lr, wd = group.lr * lr_multiplier, group.wd * wd_multiplier
             share = group.slice(group.params, group.first, group.share)
             if group.kind == "adamw":
@@ -1044,22 +1091,32 @@ class MuonAdamW:
             for p, new in zip(group.params, updated):
                 p.copy_(new)
 
+    def clip(self, grads, limit):
+        """Scale the gradients, in place, so that their norm over all ranks is at most `limit`."""
+        square = sum(grad.float().square().sum() for grad in grads)
+        if self.world > 1:
+            dist.all_reduce(square, group=self.process_group)
+        for grad in grads:
+            grad *= (limit / (square.sqrt() + 1e-6)).clamp(max=1)
+
     def scatter(self, whole, share):
         """(this rank's share of the sum of `whole` over ranks, a handle to wait for or None)."""
         if self.world == 1:
             return whole, None
         part = whole.new_empty(share, *whole.shape[1:])
-        return part, reduce_scatter(part, whole.contiguous(), async_op=True)
+        return part, reduce_scatter(part, whole.contiguous(), group=self.process_group,
+                                    async_op=True)
 
     def gather(self, share):
         if self.world == 1:
             return share, None
         whole = share.new_empty(self.world * len(share), *share.shape[1:])
-        return whole, all_gather(whole, share.contiguous(), async_op=True)
+        return whole, all_gather(whole, share.contiguous(), group=self.process_group,
+                                 async_op=True)
 
 
 # ==== Schedules: pure functions of progress, the fraction of steps done =========================
-def lr_multiplier(c, progress):
+def base_multiplier(c, progress):
     """Linear warmup, flat, then ((1 - progress) / warmdown) ** power down to the floor."""
     if progress < c.lr_warmup:
         return progress / c.lr_warmup
@@ -1067,15 +1124,17 @@ def lr_multiplier(c, progress):
     return c.lr_floor + (1 - c.lr_floor) * left ** c.lr_power
 
 
+def lr_multiplier(c, progress):
+    """base_multiplier; in each of the last sawtooth_epochs a cosine from it down to 0.05."""
+    base, epoch = base_multiplier(c, progress), progress * c.num_epochs
+    if not c.sawtooth_epochs or epoch < c.num_epochs - c.sawtooth_epochs:
+        return base
+    return 0.05 + (max(base, 0.05) - 0.05) * (1 + math.cos(math.pi * (epoch % 1))) / 2
+
+
 def piecewise_linear(schedule, progress):
-    """Value at `progress` of "progress:value,progress:value,...", constant beyond its ends."""
-    try:
-        points = sorted(tuple(map(float, point.split(":"))) for point in schedule.split(","))
-        x, y = zip(*points)
-        if not all(math.isfinite(number) and number >= 0 for number in (*x, *y)):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"--wd_schedule={schedule}: must read like 0:1,0.5:0.1,1:0.9") from None
+    """Value at `progress` of "progress:value,progress:value,..."; two at one progress: a jump."""
+    x, y = zip(*sorted(parse_schedule(schedule), key=lambda point: point[0]))
     return float(np.interp(progress, x, y))
 
 
@@ -1120,53 +1179,101 @@ def fit_mixture(logps, iterations=3000, tolerance=1e-5):
     return weights / weights.sum()
 
 
-def ensemble_curve(members, c):
+def learned_mixture(members, size=0):
+    """val and holdout losses, and the weights, of the mixture that is fitted on selection.
+
+    members: a list of {split: log p(target)}. size: members kept, the heaviest; 0: all.
+    """
+    weights = fit_mixture([m["selection"] for m in members])
+    if 0 < size < len(members):         # as slowrun #90: cut off, then renormalized
+        weights[np.argsort(weights)[:-size]] = 0.0
+        weights /= weights.sum()
+    losses = (mean_loss(mixture_logp([m[split] for m in members], weights))
+              for split in ("val", "holdout"))
+    return (*losses, [round(float(w), 4) for w in weights])
+
+
+def kept_members(members, c):
+    """Those of `members`, in the order of training, chain after chain, that the ensemble holds."""
+    return [m for i, m in enumerate(members) if c.include_first or i % c.num_models]
+
+
+def ensemble_curve(members, c, ngram=None):
     """One dict for each n: the mixtures of the first n members that the ensemble may hold.
 
-    members: a list of {split: log p(target)} in the order of training.
+    members: a list of {split: log p(target)} in the order of training; ngram: the same of the
+    count-based member. Beyond 16 members weights are fitted for powers of two and all only.
     """
-    kept, curve = members[0 if c.include_first else 1:], []
+    kept, numbers = kept_members(members, c), kept_members(range(1, len(members) + 1), c)
+    curve = []
     for n in range(1, len(kept) + 1):
-        stack = {split: np.stack([m[split] for m in kept[:n]]) for split in kept[0]}
-        point = {"n": n, "val_loss": mean_loss(mixture_logp(stack["val"])),
-                 "holdout_loss": mean_loss(mixture_logp(stack["holdout"]))}
-        if "selection" in stack:
-            weights = fit_mixture(stack["selection"])
-            point.update(
-                selection_loss=mean_loss(mixture_logp(stack["selection"])),
-                val_loss_learned=mean_loss(mixture_logp(stack["val"], weights)),
-                holdout_loss_learned=mean_loss(mixture_logp(stack["holdout"], weights)),
-                weights=[round(float(w), 4) for w in weights])
+        some, point = kept[:n], {"n": n, "member": numbers[n - 1]}
+        for split in some[0]:
+            point[f"{split}_loss"] = mean_loss(mixture_logp([m[split] for m in some]))
+        if "selection" in some[0] and (n <= 16 or n == len(kept) or n & (n - 1) == 0):
+            for name, mixed in ("learned", some), ("ngram", [*some, ngram] if ngram else None):
+                if mixed:
+                    (point[f"val_loss_{name}"], point[f"holdout_loss_{name}"],
+                     point[f"weights_{name}"]) = learned_mixture(mixed, c.mixture_size)
         curve.append(point)
     return curve
 
 
-def equivalent_tokens(loss, curve):
-    """(D, sign): the tokens D at which a baseline curve [[D, loss], ...] reaches `loss`.
-
-    D is piecewise linear in the loss; points no better than a smaller D are left out. Nothing is
-    extrapolated: beyond the measured range the sign is ">" or "<" and D the end of the range.
-    """
-    points = []
-    for tokens, value in sorted(curve):
-        if not points or value < points[-1][1]:
-            points.append((tokens, value))
-    tokens, losses = zip(*points)
-    sign = "<" if loss > losses[0] else ">" if loss < losses[-1] else ""
-    return float(np.interp(-loss, [-value for value in losses], tokens)), sign
-
-
-def data_efficiency(loss, baseline, train_tokens):
-    """{one_epoch, tuned, curve}: multiples of train_tokens, numbers or strings like "> 12.4"."""
-    result = {"one_epoch": "n/a", "tuned": "n/a", "curve": baseline}
-    for kind in {"one_epoch", "tuned"} & set(baseline or ()):
-        tokens, sign = equivalent_tokens(loss, baseline[kind])
-        multiple = round(tokens / train_tokens, 2)
-        result[kind] = f"{sign} {multiple}" if sign else multiple
-    return result
-
-
 # ==== One member ================================================================================
+class Averages:
+    """What a member can end as besides its last weights; `average` names it.
+
+    ema: exponential moving average of the weights, of every 10th step, decaying to 0.15 in an
+    epoch. weights, probs: means of the weights, or of the probabilities, at the ends of the last
+    average_epochs epochs; _recency: weighted 1, 2, 3, ... best: the best of all on selection.
+    """
+
+    def __init__(self, c, model, rows):
+        self.c, self.model, self.rows, self.ends = c, model, rows, 0
+        self.params = {name: p.detach() for name, p in model.named_parameters()}    # as they are
+        self.names = [name for name in AVERAGES[:-1] if c.average in (name, "best")]
+        self.sums = {name: [0.0, {}] for name in self.names if name != "last"}  # mass, sums
+
+    def add(self, name, values, weight, keep=1.0):
+        mass, sums = self.sums[name]
+        self.sums[name][0] = keep * mass + weight
+        for key, value in values.items():
+            sums[key] = keep * sums.get(key, 0.0) + weight * value
+
+    def update(self, step, score):
+        """After each step. score(): {split: log p(target)} of the model as it is."""
+        rows, c = self.rows, self.c
+        if "ema" in self.sums and (step + 1) % 10 == 0:
+            decay = 0.15 ** (10 * rows.batch_rows / rows.rows_per_epoch)
+            self.add("ema", self.params, 1 - decay, decay)
+        end = math.floor(rows.epoch_of(step)) + 1
+        if rows.epoch_of(step + 1) < end or end <= c.num_epochs - c.average_epochs:
+            return
+        self.ends += 1
+        logp = score() if any("probs" in name for name in self.sums) else {}
+        values = {"weights": self.params,
+                  "probs": {split: np.exp(p.astype(np.float64)) for split, p in logp.items()}}
+        for name in set(self.sums) - {"ema"}:
+            kind, _, recency = name.partition("_")
+            self.add(name, values[kind], self.ends if recency else 1)
+
+    def finish(self, score):
+        """(name, {split: log p(target)}) of the choice, whose weights the model gets."""
+        last, options = {k: p.clone() for k, p in self.params.items()}, {}
+        for name in self.names:
+            mass, sums = self.sums.get(name, (1.0, last))
+            mean = {key: total / mass for key, total in sums.items()} or last   # nothing averaged
+            if "probs" in name:
+                options[name] = {s: np.log(p).astype(np.float32) for s, p in mean.items()}, last
+            else:
+                self.model.load_state_dict(mean)
+                options[name] = score(), mean
+        best = self.names[0] if len(options) == 1 else min(
+            options, key=lambda name: mean_loss(options[name][0]["selection"]))
+        self.model.load_state_dict(options[best][1])
+        return best, options[best][0]
+
+
 class Trainer:
     """The models, compiled functions and clocks that all members of a run share.
 
@@ -1181,11 +1288,13 @@ class Trainer:
         self.forward, self.mtp_hidden = fast(GPT.forward), fast(GPT.mtp_hidden)
         self.chunk_function, self.logprobs = fast(loss_chunk), fast(target_logprobs)
         self.seen, self.compile_seconds, self.eval_seconds = set(), 0.0, 0.0
-        self.start = time.perf_counter()
+        self.optimizer, self.start = None, time.perf_counter()
 
     def new_model(self):
         with self.rt.device:
-            return GPT(self.c, self.rt.dtype, self.rt.attention).prepare(self.c.seq_len)
+            model = GPT(self.c, self.rt.dtype, self.rt.attention).prepare(self.c.seq_len)
+        model.bos = self.data.bos
+        return model
 
     @contextlib.contextmanager
     def first_time(self, *key):
@@ -1197,65 +1306,156 @@ class Trainer:
             self.rt.synchronize()
             self.compile_seconds += time.perf_counter() - start
 
-    def loss(self, hidden, targets, teacher, alpha):
-        """ChunkedLoss of hidden [B, T, D]; teacher: the teacher's hidden states, or None."""
+    def loss(self, hidden, targets, target_weights=None, teacher=None, alpha=0.0):
+        """ChunkedLoss of hidden [B, T, D], targets [B, T, J]; teacher: its hidden states."""
         c, teacher_weight = self.c, None
         if teacher is not None:
             teacher = teacher.flatten(0, 1)
             teacher_weight = self.teacher.head.weight.to(self.rt.dtype)
+        weights = torch.ones(1) if target_weights is None else torch.tensor(target_weights)
         return ChunkedLoss.apply(
-            hidden.flatten(0, 1), self.model.head.weight, targets.flatten(), teacher,
-            teacher_weight, alpha, c.kd_temperature, c.softcap, c.vocab_size, c.loss_chunk,
-            self.chunk_function)
+            hidden.flatten(0, 1), self.model.head.weight, targets.flatten(0, 1),
+            weights.to(hidden.device), teacher, teacher_weight, alpha, c.kd_temperature, c.softcap,
+            c.vocab_size, c.loss_chunk, self.chunk_function)
 
-    def gradients(self, inputs, targets, loops, distill):
-        """Backward passes of this rank's rows of the batch; returns the sums [ce, kl].
+    def backward(self, inputs, targets, counts, progress, distill):
+        """Backward passes of some rows; returns the sums [ce, kl].
 
-        The loss is divided by the targets of the whole batch, so gradients add up over ranks.
+        counts: targets of the whole batch, and of its second next tokens, that the loss is over.
         """
         c, rt, model, teacher = self.c, self.rt, self.model, None
-        mine, micro = slice(rt.rank, None, rt.world), micro_batch_rows(c, rt.world)
-        counts = int((targets >= 0).sum()), max(1, int((targets[:, 1:] >= 0).sum()))
         alpha, sums = c.kd_alpha if distill else 0.0, torch.zeros(2, device=rt.device)
-        for x, y in zip(inputs[mine].split(micro), targets[mine].split(micro)):
-            x, y = x.to(rt.device), y.to(rt.device)
-            hidden = self.forward(model, x, loops)
+        schedules = (c.second_weight, c.third_weight)           # of the 2nd and 3rd next token
+        later = [piecewise_linear(s or "0:0", progress) for s in schedules if any(schedules)]
+        micro = micro_batch_rows(c, rt.world)
+        for x, y in zip(inputs.split(micro), targets.split(micro)):
+            x, y = clean, _ = x.to(rt.device), y.to(rt.device)
+            random = lambda rate: (torch.rand(x.shape, device=x.device) < rate) & (x != model.bos)
+            if c.token_noise:           # random tokens in place of some (arXiv 2606.16246)
+                noise = x.flatten()[torch.randint(x.numel(), x.shape, device=x.device)]
+                x = torch.where(random(c.token_noise) & (noise != model.bos), noise, x)
+            hidden = self.forward(model, x)
             if distill:
                 with torch.no_grad():
-                    teacher = self.forward(self.teacher, x, stages(c)[-1].loops)
-            loss, ce, kl = self.loss(hidden, y, teacher, alpha)
-            loss = loss / counts[0]
+                    teacher = self.forward(self.teacher, clean)
+            shifted = [F.pad(y[:, j:], (0, j), value=-1) for j in range(1 + len(later))]
+            loss, ce, kl = self.loss(hidden, torch.stack(shifted, dim=2), [1.0, *later], teacher,
+                                     alpha)
             if c.mtp_weight:        # slowrun #65; its targets do not cross the row's end
-                ahead = self.mtp_hidden(model, hidden, y.clamp(min=0))
-                ahead_loss, _, _ = self.loss(ahead, F.pad(y[:, 1:], (0, 1), value=-1), None, 0.0)
-                loss = loss + (1 - alpha) * c.mtp_weight * ahead_loss / counts[1]
-            loss.backward()
+                ahead = self.mtp_hidden(model, hidden, x, y.clamp(min=0))
+                second = F.pad(y[:, 1:], (0, 1), value=-1).unsqueeze(2)
+                loss = loss + (1 - alpha) * c.mtp_weight * self.loss(ahead, second)[0] * (
+                    counts[0] / counts[1])
+            if c.masked_weight:     # predict from inputs with holes (arXiv 2606.06888)
+                hidden = self.forward(model, x.masked_fill(random(c.masked_rate), -1))
+                loss = loss + c.masked_weight * self.loss(hidden, y.unsqueeze(2))[0]
+            (loss / counts[0]).backward()
             sums += torch.stack((ce, kl)) / counts[0]
         return sums
 
-    def train_member(self, k, teacher_weights=None):
-        """Train member k (from 1) in self.model, by a teacher if given; returns Meter.facts()."""
-        c, rt, distill = self.c, self.rt, teacher_weights is not None and bool(self.c.kd_alpha)
-        member_seed = 1000 * c.seed + k
-        self.model.init_weights(member_seed).train()
-        torch.manual_seed(7919 * member_seed + rt.rank)        # dropout differs between ranks
+    def gradients(self, inputs, targets, progress, distill):
+        """Backward passes of this rank's rows of the batch; returns the sums [ce, kl].
+
+        The loss is divided by the targets of the whole batch, so gradients add up over ranks. With
+        the first-order meta-gradient (slowrun #98: -0.012), each virtual rank, 2 * meta_rows rows
+        wherever they are computed, takes half of its gradient a step of norm meta_lr further on.
+        """
+        c, rt = self.c, self.rt
+        counts = int((targets >= 0).sum()), max(1, int((targets[:, 1:] >= 0).sum()))
+        parts = len(inputs) // (2 * c.meta_rows) if c.meta_lr else rt.world
+        sums = torch.zeros(2, device=rt.device)
+        for part in range(rt.rank, parts, rt.world):
+            x, y = inputs[part::parts], targets[part::parts]
+            if not c.meta_lr:
+                sums += self.backward(x, y, counts, progress, distill)
+                continue
+            before = [(p, p.grad) for p in self.model.parameters()]
+            for p, _ in before:
+                p.grad = None
+            sums += self.backward(x[:c.meta_rows], y[:c.meta_rows], counts, progress, distill)
+            size = c.meta_lr * (base_multiplier(c, progress) if c.meta_decay else 1.0)
+            with self.adapted(size):
+                sums += self.backward(x[c.meta_rows:], y[c.meta_rows:], counts, progress, distill)
+            for p, grad in before:
+                p.grad = p.grad if grad is None else p.grad + grad
+        return sums
+
+    @contextlib.contextmanager
+    def adapted(self, size):
+        """Within: plastic weights are moved against their gradients by a step of norm `size`."""
+        pattern = {"matrices": r"(?!wte|head).*weight", "mlp": r"blocks.*mlp.*weight"}
+        plastic = [p for name, p in self.model.named_parameters()
+                   if re.fullmatch(pattern[self.c.meta_scope], name) and p.grad is not None]
+        saved = [p.detach().clone() for p in plastic]
+        norm = sum(p.grad.square().sum() for p in plastic).sqrt().clamp(min=1e-12)
+        with torch.no_grad():
+            for p in plastic:
+                p -= size / norm * p.grad
+        yield
+        with torch.no_grad():
+            for p, value in zip(plastic, saved):
+                p.copy_(value)
+
+    def start_member(self, c, seed, k):
+        """Fresh weights and optimizer, or the last member's, perturbed (slowrun #90)."""
+        rt, model = self.rt, self.model.train()
+        if c.continue_members and k > 1:
+            random = torch.Generator(rt.device).manual_seed(seed)
+            done = (k - 2) / max(1, c.num_models - 2)
+            strength = c.perturb_end + (c.perturb_start - c.perturb_end) * (
+                1 + math.cos(math.pi * done)) / 2
+            with torch.no_grad():
+                for p in model.parameters():
+                    noise = torch.randn(p.shape, generator=random, device=rt.device)
+                    p += strength * p.std(correction=0) * noise
+        else:
+            model.init_weights(seed)
+            self.optimizer = MuonAdamW(model.named_parameters(), c, rt.world, rt.rank, rt.dtype,
+                                       rt.group)
+        torch.manual_seed(7919 * seed + rt.rank)                # dropout differs between ranks
+
+    def train_member(self, k, teacher_weights=None, chain=0):
+        """Train member k (from 1) of a chain, by a teacher if given.
+
+        Returns Meter.facts() and {split: log p(target)}; self.model has the member's weights.
+        """
+        rt, distill = self.rt, teacher_weights is not None and bool(self.c.kd_alpha)
+        c = replace(self.c, num_epochs=self.c.epochs_of(k), batch_rows=self.c.rows_of(k))
+        seed = 1000 * c.seed + chain * c.num_models + k
+        self.start_member(c, seed, k)
         if distill:
             self.teacher.load_state_dict(teacher_weights)
-        rows = Rows(self.data.train, c.seq_len, c.batch_rows, c.epochs_of(k), member_seed,
-                    self.data.bos)
-        optimizer = MuonAdamW(self.model.named_parameters(), c, rt.world, rt.rank, rt.dtype)
-        meter = Meter(self, k, rows, distill)
+        rows = Rows(member_documents(self.data.train, c.subset_fraction, seed), c.seq_len,
+                    c.batch_rows, c.num_epochs, seed, self.data.bos)
+        # a teacher's forward is a third of a step, without MTP and in the last stage
+        plan = stages(self.c)
+        teacher = distill * flops_per_token(replace(c, mtp_weight=0.0), plan[-1]) / 3
+        flops = {stage: flops_per_token(c, stage) + teacher for stage in plan}
+        meter, averages = report.Meter(self, k, rows, flops), Averages(c, self.model, rows)
         for step in range(rows.num_steps):
-            progress, epoch = step / rows.num_steps, rows.epoch_of(step)
-            loops = [stage for stage in stages(c) if stage.from_epoch <= epoch][-1].loops
+            progress = step / rows.num_steps
+            stage = [stage for stage in plan if stage.start <= progress][-1]
+            if stage != self.model.stage:
+                self.model.prepare(c.seq_len, stage)
             inputs, targets = rows.step(step)
-            with self.first_time("step", loops, distill) as new:
-                sums = self.gradients(inputs, targets, loops, distill)
-                optimizer.step(lr_multiplier(c, progress),
-                               piecewise_linear(c.wd_schedule, progress), momentum_at(c, step))
-            meter.update(step, sums, loops, new)
+            with self.first_time("step", stage, distill) as new:
+                sums = self.gradients(inputs, targets, progress, distill)
+                self.optimizer.step(lr_multiplier(c, progress),
+                                    piecewise_linear(c.wd_schedule, progress), momentum_at(c, step))
+            meter.update(step, sums, stage, lr_multiplier(c, progress), new)
+            averages.update(step, self.score_splits)
         rt.synchronize()
-        return meter.facts()
+        facts = meter.facts()
+        facts["average"], scores = averages.finish(self.score_splits)
+        return facts, scores
+
+    def score_splits(self):
+        """{split: log p(target)} of self.model as it is, in its last stage."""
+        stage = self.model.stage
+        self.model.eval().prepare(self.c.seq_len)
+        scores = {split: self.score(part) for split, part in self.data.evaluated().items()}
+        self.model.train().prepare(self.c.seq_len, stage)
+        return scores
 
     @torch.no_grad()
     def score(self, documents):
@@ -1263,8 +1463,7 @@ class Trainer:
 
         Rows overlap by one token, so that each is scored exactly once, whatever the world size.
         """
-        c, rt, start = self.c, self.rt, time.perf_counter()
-        self.model.eval()
+        c, rt, start = self.c, self.rt, time.perf_counter() - self.compile_seconds
         tokens, size = np.concatenate(documents).astype(np.int64), c.device_batch_size
         count = -(-(len(tokens) - 1) // c.seq_len)
         share = -(-count // (rt.world * size)) * size           # rows of each rank
@@ -1276,82 +1475,27 @@ class Trainer:
         for row in range(rt.rank * share, (rt.rank + 1) * share, size):
             x, y = (t[row:row + size].to(rt.device) for t in (inputs, targets))
             with self.first_time("score"):
-                hidden = self.forward(self.model, x, stages(c)[-1].loops).flatten(0, 1)
+                hidden = self.forward(self.model, x).flatten(0, 1)
                 for h, t in zip(hidden.split(c.loss_chunk), y.flatten().split(c.loss_chunk)):
                     parts.append(self.logprobs(h, weight, t, c.softcap, c.vocab_size))
         logp = rt.gather(torch.cat(parts)).cpu().numpy().astype(np.float32)[:len(tokens) - 1]
-        self.eval_seconds += time.perf_counter() - start
+        self.eval_seconds += time.perf_counter() - self.compile_seconds - start
         return logp
-
-
-class Meter:
-    """Clock, progress line and metrics of one member's training."""
-
-    def __init__(self, trainer, k, rows, distill):
-        self.trainer, self.k, self.rows, self.recent = trainer, k, rows, []
-        self.start = time.perf_counter() - trainer.compile_seconds  # compiling stops the clock
-        self.steps, self.flops, self.loss = 0, 0.0, float("nan")    # of steps that compiled nothing
-        c = trainer.c   # a teacher's forward is a third of a step, without MTP and all loops on
-        teacher = distill * flops_per_token(replace(c, mtp_weight=0.0), stages(c)[-1]) / 3
-        self.batch_flops = {stage.loops: (flops_per_token(c, stage) + teacher) * c.batch_rows
-                            * c.seq_len for stage in stages(c)}
-
-    def facts(self):
-        """Seconds without compilation, tokens/s and MFU (None: unknown peak) of all devices."""
-        rt, c = self.trainer.rt, self.trainer.c
-        seconds = max(1e-9, time.perf_counter() - self.trainer.compile_seconds - self.start)
-        peak = peak_flops(rt.device)
-        return {"train_loss": self.loss, "train_seconds": round(seconds, 3),
-                "tokens_per_second": round(self.steps * c.batch_rows * c.seq_len / seconds, 1),
-                "mfu": round(self.flops / seconds / peak / rt.world, 4) if peak else None}
-
-    def update(self, step, sums, loops, compiled):
-        """After each step; reads the losses (which waits for the device) every log_steps steps."""
-        c, rt, rows, k = self.trainer.c, self.trainer.rt, self.rows, self.k
-        self.recent.append(sums)
-        if not compiled:
-            self.steps, self.flops = self.steps + 1, self.flops + self.batch_flops[loops]
-        last = step + 1 == rows.num_steps
-        if (step + 1) % c.log_steps and not last:
-            return
-        self.loss, kl = rt.sum(torch.stack(self.recent).mean(dim=0)).tolist()
-        self.recent = []
-        if not math.isfinite(self.loss):
-            raise UserError(f"member {k}, step {step + 1}: the loss is {self.loss}; lower"
-                            " --matrix_lr, --embed_lr or --head_lr")
-        facts, epoch = self.facts(), min(rows.epoch_of(step + 1), c.epochs_of(k))
-        speed = facts["tokens_per_second"]
-        self.trainer.log.metrics(
-            member=k, step=step + 1, epoch=round(epoch, 3), train_loss=self.loss, kl=kl,
-            lr_multiplier=lr_multiplier(c, step / rows.num_steps), tokens_per_second=speed,
-            seconds=round(time.perf_counter() - self.trainer.start, 3))
-        an_epoch = facts["train_seconds"] / max(1, self.steps) * rows.num_steps / c.epochs_of(k)
-        left = (c.epochs_of(k) - epoch) * an_epoch
-        later = sum(map(c.epochs_of, range(k + 1, c.num_models + 1))) * an_epoch
-        later *= 4 / 3 if k == 1 and c.kd_alpha else 1      # later members pay for a teacher
-        self.trainer.log.progress(
-            f"member {k}/{c.num_models}  step {step + 1}/{rows.num_steps}  epoch {epoch:.1f}/"
-            f"{c.epochs_of(k)}  loss {self.loss:.3f}{f'  kl {kl:.3f}' if kl else ''}  {speed:,.0f}"
-            f" tok/s  MFU {percent(facts['mfu'])}  left {minutes(left)}, run"
-            f" {minutes(left + later)}", always=last)
-
-
-def percent(fraction):
-    return f"{fraction:.1%}" if fraction else "n/a"
-
-
-def minutes(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 # ==== The run ===================================================================================
 def micro_batch_rows(c, world):
     """Rows of a micro-batch. UserError if the batch cannot be shared out evenly."""
-    micro = max(1, min(c.device_batch_size, c.batch_rows // world))
-    unit = world * micro
-    refuse([(c.batch_rows % unit, f"--batch_rows={c.batch_rows} is not divisible by {world}"
-             f" process(es) x {micro} rows of --device_batch_size; the nearest that is:"
-             f" {max(1, round(c.batch_rows / unit)) * unit}")])
+    at_once = c.meta_rows if c.meta_lr else min(c.rows_of(k) for k in (1, c.num_models // 2 + 1))
+    micro = max(1, min(c.device_batch_size, at_once if c.meta_lr else at_once // world))
+    unit = world * (2 * c.meta_rows if c.meta_lr else micro)
+    parts = f"2 x {c.meta_rows} rows of --meta_rows" if c.meta_lr else (
+        f"{micro} rows of --device_batch_size")
+    refuse([(rows % unit, f"--{name}={rows} is not divisible by {world} process(es) x {parts};"
+             f" the nearest that is: {max(1, round(rows / unit)) * unit}")
+            for name in ("batch_rows", "edge_batch_rows") for rows in [getattr(c, name)]]
+           + [(c.meta_lr and c.meta_rows % micro, f"--device_batch_size={micro} does not divide"
+               f" --meta_rows={c.meta_rows}")])
     return micro
 
 
@@ -1363,197 +1507,53 @@ def run_folder(c):
     return folder
 
 
-def announce(c, rt, log, data, model, overrides):
-    """Log what reproduces the run (source, versions, settings); tell what is about to run."""
-    facts = dict(commit=git_commit(), python=platform.python_version(), torch=torch.__version__,
-                 numpy=np.__version__, hardware=hardware_name(rt.device), processes=rt.world,
-                 data_sha256=data.hashes, overrides=overrides, config=dataclasses.asdict(c))
-    log.say(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100, console=False)
-    for key, value in facts.items():
-        log.say(f"{key}:{json.dumps(value)}", console=False)
-    rows = Rows(data.train, c.seq_len, c.batch_rows, c.num_epochs, 0, data.bos)
-    size, blocks = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.blocks))
-    flops = " then ".join(f"{flops_per_token(c, stage):.4g}" for stage in stages(c))
-    chain = (f", each distilled from the one before (alpha {c.kd_alpha:g}, T {c.kd_temperature:g})"
-             if c.kd_alpha and c.num_models > 1 else "")
-    micro = micro_batch_rows(c, rt.world)
-    for line in (
-            f"track     {c.track}: {c.num_models} model(s) x {c.num_epochs} epochs{chain}",
-            f"data      {c.dataset}: {rows.tokens:,} tokens an epoch ({len(data.train)} documents),"
-            f" {sum(map(len, data.selection)):,} for selection; val {sum(map(len, data.val)):,},"
-            f" holdout {sum(map(len, data.holdout)):,}",
-            f"model     {size:.4g}M parameters ({blocks:.4g}M in {c.num_layers} blocks, width"
-            f" {c.model_dim}), {flops} FLOPs a token",
-            f"steps     {rows.num_steps:,} a member: {c.batch_rows} rows x {c.seq_len} ="
-            f" {c.batch_rows * c.seq_len:,} tokens a step, on {rt.world} process(es) in"
-            f" {c.batch_rows // rt.world // micro} micro-batch(es) of {micro} rows",
-            f"machine   {facts['hardware']}; torch {torch.__version__} on {rt.device.type},"
-            f" {str(rt.dtype).removeprefix('torch.')}, attention {rt.attention}, compile"
-            f" {'on' if rt.compile else 'off'}",
-            f"folder    {log.folder}", *data.notes, *rt.notes, ""):
-        log.say(line)
-
-
-def write_whole(path, write):
-    """Let `write` fill a file beside `path`, then rename it, so that `path` is never half there."""
-    beside = path.with_suffix(".tmp")
-    write(beside)
-    os.replace(beside, path)
-
-
-def write_json(path, value):
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+def train_chain(c, rt, log, trainer, chain, folder):
+    """Train the members of one chain; returns (their facts, their scores)."""
+    teacher, members, scores = None, [], []
+    for k in range(1, c.num_models + 1):
+        facts, logp = trainer.train_member(k, teacher if k >= c.kd_from else None, chain)
+        teacher = {n: p.detach().cpu().clone() for n, p in trainer.model.named_parameters()}
+        if rt.rank == 0:
+            report.save_member(folder / "members", chain * c.num_models + k, teacher, logp)
+        members.append({**{f"{split}_loss": mean_loss(p) for split, p in logp.items()}, **facts})
+        scores.append(logp)
+        single, kept = members[-1]["val_loss"], [m["val"] for m in kept_members(scores, c)]
+        mixed = mean_loss(mixture_logp(kept)) if kept else float("nan")
+        log.metrics(member=k, val_loss=single, ensemble=len(kept), ensemble_val_loss=mixed)
+        log.say(f"member {k}/{c.num_models} done in {report.minutes(facts['train_seconds'])}: val"
+                f" loss {single:.4f}, ensemble of {len(kept)}: {mixed:.4f}")
+    return members, scores
 
 
 def run(c, overrides):
     """Train the members, write the run's folder, print the table; returns the result (a dict)."""
     start, rt = time.perf_counter(), start_runtime(c)
-    micro_batch_rows(c, rt.world)
-    data, folder = load_dataset(c), run_folder(c)
+    micro = micro_batch_rows(c, rt.world)
+    data, folder = load_dataset(ROOT / c.dataset, c), run_folder(c)
     rt.barrier()                # rank 0 makes the folder only after all have looked
-    log = Log(folder, rt.rank == 0, c.log_seconds)
-    trainer = Trainer(c, rt, log, data)
-    announce(c, rt, log, data, trainer.model, overrides)
-    splits = {"selection": data.selection, "val": data.val, "holdout": data.holdout}
-    scores, members, teacher = [], [], None
-    for k in range(1, c.num_models + 1):
-        facts = trainer.train_member(k, teacher)
-        teacher = {name: p.detach().cpu().clone() for name, p in trainer.model.named_parameters()}
-        scores.append({split: trainer.score(part) for split, part in splits.items() if part})
-        if rt.rank == 0:
-            logp = {split: torch.from_numpy(values) for split, values in scores[-1].items()}
-            for kind, tensors in (("", teacher), (".logp", logp)):
-                write_whole(folder / "members" / f"{k:03d}{kind}.safetensors",
-                            lambda beside, tensors=tensors: save_file(tensors, beside))
-        members.append({f"{split}_loss": mean_loss(s) for split, s in scores[-1].items()} | facts)
-        curve = ensemble_curve(scores, c)
-        single, mixed = members[-1]["val_loss"], curve[-1]["val_loss"] if curve else float("nan")
-        log.metrics(member=k, val_loss=single, ensemble=len(curve), ensemble_val_loss=mixed)
-        log.say(f"member {k}/{c.num_models} done in {minutes(facts['train_seconds'])}: val loss"
-                f" {single:.4f}, ensemble of {len(curve)}: {mixed:.4f}")
-    result = summarize(c, rt, data, trainer, members, curve, overrides, start)
-    for line in ("", *table(c, result), f"folder           {folder}"):
-        log.say(line)
-    if rt.rank == 0:
-        write_json(folder / "result.json", result)
-        with contextlib.suppress(ImportError):      # no matplotlib, or train_gpt.py on its own
-            from records.plot import plot_progress
-            plot_progress(result, folder / "progress.png")
-        for line in sample_lines(c, rt, data, folder, members):
+    log = report.Log(folder, rt.is_main, c.log_seconds)
+    trainer, ngram = Trainer(c, rt, log, data), None
+    if c.ngram_order:
+        ngram = NGram(np.concatenate(data.train), c.vocab_size, data.bos, c.ngram_order).score(data)
+    report.announce(trainer, overrides, {s: flops_per_token(c, s) for s in stages(c)}, micro)
+    parts = [train_chain(c, rt, log, trainer, chain, folder) for chain in rt.chains]
+    if rt.across is not None:   # the chains of other processes
+        mine, parts = parts[0], [None] * c.num_chains
+        dist.all_gather_object(parts, mine, group=rt.across)
+    members, scores = (sum(lists, []) for lists in zip(*parts))
+    curve = ensemble_curve(scores, c, ngram)
+    result = report.summarize(trainer, members, curve, ngram, overrides, start)
+    if rt.is_main:
+        report.write_json(folder / "result.json", result)
+        plot.plot_progress(result, folder / "progress.png")
+        for line in report.closing_lines(sys.modules[__name__], c, rt, data, folder, result):
             log.say(line)
     log.say("RESULT " + json.dumps(result), console=False)
     rt.barrier()
     return result
 
 
-def summarize(c, rt, data, trainer, members, curve, overrides, start):
-    """The dict that becomes result.json. Its val_loss is the declared number of the run."""
-    suffix = "_learned" if c.final_mixture == "learned" else ""
-    val_loss, bytes_per_token = curve[-1]["val_loss" + suffix], data.bytes_per_token.get("val")
-    baseline = data.meta.get("baseline")
-    train_seconds = sum(m["train_seconds"] for m in members)
-    average = lambda key: sum(m[key] * m["train_seconds"] for m in members) / train_seconds
-    memory = rt.gather(torch.tensor([float(peak_memory(rt.device))], device=rt.device))
-    return {
-        "track": c.track, "overrides": overrides, "seed": c.seed, "val_loss": val_loss,
-        "holdout_loss": curve[-1]["holdout_loss" + suffix],
-        "val_bpb": val_loss / math.log(2) / bytes_per_token if bytes_per_token else None,
-        "final_mixture": c.final_mixture, "members": members, "ensemble": curve,
-        "data_efficiency": data_efficiency(val_loss, baseline, c.train_tokens),
-        "train_tokens": c.train_tokens, "train_seconds": round(train_seconds, 3),
-        "wall_seconds": round(time.perf_counter() - start, 3),
-        "compile_seconds": round(trainer.compile_seconds, 3),
-        "eval_seconds": round(trainer.eval_seconds, 3),
-        "tokens_per_second": round(average("tokens_per_second"), 1),
-        "mfu": round(average("mfu"), 4) if members[0]["mfu"] else None,
-        "peak_memory_bytes": int(memory.max()), "processes": rt.world,
-        "hardware": hardware_name(rt.device), "torch": torch.__version__, "commit": git_commit(),
-        "data_sha256": data.hashes, "config": dataclasses.asdict(c)}
-
-
-def table(c, result):
-    """The final table, as lines."""
-    members, bpb, efficiency = result["members"], result["val_bpb"], result["data_efficiency"]
-    lines = [" n    member  ensemble   learned   holdout  (member n; ensembles of n)"]
-    if not c.include_first:
-        lines.append(f" -  {members[0]['val_loss']:8.4f}  (left out: it had no teacher)")
-    for point in result["ensemble"]:
-        single = members[point["n"] - c.include_first]["val_loss"]
-        learned = point.get("val_loss_learned", float("nan"))
-        lines.append(f"{point['n']:2d}  {single:8.4f}  {point['val_loss']:8.4f}  {learned:8.4f}"
-                     f"  {point['holdout_loss']:8.4f}")
-    multiples = [f"{efficiency[kind]}x against the {name} baseline" for kind, name in (
-        ("one_epoch", "one-epoch"), ("tuned", "tuned")) if efficiency[kind] != "n/a"]
-    seconds = [f"{minutes(result[f'{kind}_seconds'])} {name}" for kind, name in (
-        ("train", "train"), ("compile", "compile"), ("eval", "evaluate"), ("wall", "in all"))]
-    return lines + [
-        "", f"result           val loss {result['val_loss']:.4f} ({c.final_mixture} mixture),"
-        f" {f'{bpb:.4f}' if bpb else 'n/a'} bits per byte, holdout {result['holdout_loss']:.4f}",
-        f"data efficiency  {', '.join(multiples) or 'n/a: no curve; see train_gpt.py baseline'}",
-        f"time             {', '.join(seconds)}",
-        f"speed            {result['tokens_per_second']:,.0f} tokens/s, MFU"
-        f" {percent(result['mfu'])}, peak memory {result['peak_memory_bytes'] / 2 ** 20:,.0f} MiB"]
-
-
 # ==== Commands beyond training ==================================================================
-def load_encoding(c, meta):
-    """tiktoken.Encoding of the dataset, from its own ranks or GPT-2's (which tiktoken fetches)."""
-    import tiktoken
-    from tiktoken.load import load_tiktoken_bpe
-    if "ranks" not in meta and c.vocab_size == GPT2_VOCAB:
-        return tiktoken.get_encoding("gpt2")
-    ranks = load_tiktoken_bpe(str(ROOT / c.dataset / meta["ranks"]), meta.get("ranks_sha256"))
-    return tiktoken.Encoding(meta["tokenizer"], pat_str=meta["pattern"], mergeable_ranks=ranks,
-                             special_tokens={meta["bos_text"]: meta["bos_id"]})
-
-
-@torch.no_grad()
-def generate(model, tokens, count, temperature=0.8, seed=1):
-    """Continue the list `tokens` by `count` tokens, drawn at `temperature`; stops before BOS."""
-    c, device, bos = model.config, model.wte.weight.device, tokens[0]
-    random, loops = torch.Generator().manual_seed(seed), stages(model.config)[-1].loops
-    for _ in range(count):
-        context = torch.tensor([tokens[-c.seq_len:]], device=device)
-        hidden = model.prepare(context.shape[1])(context, loops)[:, -1]
-        p = torch.softmax(model.logits(hidden)[0].double().cpu() / temperature, dim=0)
-        token = int(torch.multinomial(p, 1, generator=random))
-        if token == bos:
-            break
-        tokens = [*tokens, token]
-    return tokens
-
-
-def sample_lines(c, rt, data, folder, members, count=120):
-    """Lines of text from the member that is best on selection (on train if there is none)."""
-    try:
-        encoding = load_encoding(c, data.meta)
-    except Exception as error:  # a missing package, file or network: the run is done all the same
-        return ["", f"no sample: the tokenizer cannot be loaded ({type(error).__name__})"]
-    key = "selection_loss" if data.selection else "train_loss"
-    best = min(range(len(members)), key=lambda i: members[i][key]) + 1
-    with rt.device:
-        model = GPT(c, rt.dtype).eval()     # SDPA takes rows of any length
-    model.load_state_dict(load_file(folder / "members" / f"{best:03d}.safetensors"))
-    tokens = generate(model, [data.bos, *encoding.encode_ordinary(c.prompt)], count)
-    paragraphs = encoding.decode(tokens[1:], errors="ignore").splitlines()
-    return ["", f"member {best} writes (temperature 0.8):", "", *(
-        textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="  ")
-        for text in paragraphs)]
-
-
-def sample(c):
-    """Print text of the best member of the finished run `c.run_id`."""
-    folder = ROOT / c.runs_dir / c.run_id
-    try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        c = replace(Config(**result["config"]), prompt=c.prompt, device=c.device)
-    except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"{folder}: no finished run there; name one with --run_id=") from None
-    rt = start_runtime(c)
-    print("\n".join(sample_lines(c, rt, load_dataset(c), folder, result["members"])))
-
-
 COMMANDS = ("train", "baseline", "sample", "check")
 
 
@@ -1571,8 +1571,8 @@ def dispatch(argv):
         from records.baseline import measure_baseline
         measure_baseline(sys.modules[__name__], c, overrides)
     elif command == "sample":
-        sample(c)
-    elif load_dataset(c) and run_folder(c) and micro_batch_rows(
+        report.sample(sys.modules[__name__], c)
+    elif load_dataset(ROOT / c.dataset, c) and run_folder(c) and micro_batch_rows(
             c, int(os.environ.get("WORLD_SIZE", 1))):
         print(f"track {c.track}: settings and dataset {c.dataset} are sound")
 

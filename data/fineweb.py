@@ -225,7 +225,7 @@ def get_streams(args):
         for shard in shards:
             shard["path"] = shard["path"] or download(args.repo, shard, args.cache)
             try:
-                tokens, vocab_size, bos_id = read_shard(shard["path"])
+                tokens, vocab_size, bos_id, _ = read_shard(shard["path"])
             except ValueError as error:
                 raise Failure(f"{one_line(error)}; delete that file, then run again") from error
             streams.append(tokens)

@@ -15,6 +15,8 @@ import json
 import time
 from dataclasses import replace
 
+from data.shards import HEADER_INTS
+
 MULTIPLES = (1, 2, 4, 8, 12, 16)
 TUNED_UP_TO = 12                        # the largest multiple for (b), which costs epochs times D
 USUAL_WEIGHT_DECAY = 0.1
@@ -26,9 +28,9 @@ def measure_baseline(t, c, overrides):
     """Measure and store both curves of the dataset of config `c`. t: the module train_gpt."""
     start, rt = time.perf_counter(), t.start_runtime(c)
     folder, dataset = t.ROOT / c.runs_dir / f"baseline_{c.track}", t.ROOT / c.dataset
-    log = t.Log(folder, rt.rank == 0, c.log_seconds)
+    log = t.report.Log(folder, rt.rank == 0, c.log_seconds)
     runs = Runs(t, c, rt, log, folder)
-    available = sum((path.stat().st_size - 4 * t.HEADER_INTS) // 2
+    available = sum((path.stat().st_size - 4 * HEADER_INTS) // 2
                     for path in dataset.glob("*_train_*.bin"))
     budgets = [(m, m * c.train_tokens) for m in MULTIPLES if m * c.train_tokens <= available]
     one_epoch = [[tokens, runs.measure(tokens, 1, USUAL_WEIGHT_DECAY)["val"]]
@@ -45,10 +47,10 @@ def measure_baseline(t, c, overrides):
             "one_epoch": one_epoch, "tuned": tuned, "tuned_settings": chosen,
             "source": " ".join([f"train_gpt.py baseline --track={c.track}",
                                 *(f"--{k}={v}" for k, v in overrides.items())]),
-            "hardware": t.hardware_name(rt.device)}
-        t.write_json(dataset / "meta.json", meta)
+            "hardware": t.report.hardware_name(rt.device)}
+        t.report.write_json(dataset / "meta.json", meta)
     log.say(f"one epoch  {one_epoch}\ntuned      {tuned}\nstored in {dataset / 'meta.json'} after"
-            f" {t.minutes(time.perf_counter() - start)}")
+            f" {t.report.minutes(time.perf_counter() - start)}")
 
 
 def search(runs, tokens, epochs, wd, may_rise):
@@ -87,13 +89,14 @@ class Runs:
             return self.done[tokens, epochs, wd]
         t, setting = self.t, replace(self.plain, train_tokens=tokens, num_epochs=epochs,
                                      weight_decay=wd)
-        data = t.load_dataset(setting)
+        data = t.load_dataset(t.ROOT / setting.dataset, setting)
+        data.holdout = []               # not looked at here
         self.trainer = self.trainer or t.Trainer(setting, self.rt, self.log, data)
         self.trainer.c, self.trainer.data = setting, data
-        self.trainer.train_member(1)
+        _, scores = self.trainer.train_member(1)
         run = dict(tokens=tokens, epochs=epochs, weight_decay=wd)
         for split in ("selection", "val"):
-            run[split] = round(t.mean_loss(self.trainer.score(getattr(data, split))), 4)
+            run[split] = round(t.mean_loss(scores[split]), 4)
         self.done[tokens, epochs, wd] = run
         self.log.say(" ".join(f"{k}:{v}" for k, v in run.items()))
         if self.rt.rank == 0:

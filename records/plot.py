@@ -3,13 +3,15 @@ import json
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 
 def plot_progress(result, path):
-    """Plot the members' and the ensemble's val losses of `result` (result.json) into `path`."""
+    """Plot the val losses of `result` (result.json) into `path`; nothing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
     curve = result["ensemble"]
-    members = result["members"][len(result["members"]) - len(curve):]
+    members = [result["members"][point["member"] - 1] for point in curve]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="members", ylabel="val loss (nats per token)")
     axes.plot([member["val_loss"] for member in members], "o-", label="member n alone")

@@ -205,11 +205,11 @@ def check_dataset(out, tokens, budgets):
         "meta.json"]
     for split, (start, end) in zip(fineweb.SPLITS, cut_slowly(tokens.tolist(), budgets)):
         path, entry = out / f"fineweb_{split}_000000.bin", meta["splits"][f"{split}_000000"]
-        written, vocab_size, bos_id = read_shard(path)
+        written, vocab_size, bos_id, sha256 = read_shard(path)
         assert np.array_equal(written, tokens[start:end]) and (vocab_size, bos_id) == (50257, 50256)
         assert entry["tokens"] == end - start
         assert entry["documents"] == tokens[start:end].tolist().count(BOS)
-        assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert entry["sha256"] == sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     return meta
 
 

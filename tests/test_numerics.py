@@ -8,6 +8,7 @@ xfail is a place where the formulas, read literally, and train_gpt.py disagree.
 import copy
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,81 +114,99 @@ def test_polar_express_of_nothing_is_nothing():
 # ==== Loss ======================================================================================
 N, D, VOCAB, PADDED = 37, 16, 50, 64
 DISTILLATION = [(0.0, 1.0), (0.5, 1.0), (0.7, 2.0), (1.0, 0.5)]
+TARGET_WEIGHTS = [(1.0,), (1.0, 0.5, 0.25)]     # of the next token and of those after it
 
 
-def loss_inputs(alpha, n=N):
-    """hidden, weight, targets, teacher's hidden and weight, in float32."""
+def loss_inputs(alpha, n=N, targets=1):
+    """hidden, weight, targets [n, J], teacher's hidden and weight, in float32.
+
+    In some rows the later targets are missing, all of them or the last; in others all are.
+    """
     h, w = 2 * randn(n, D, seed=1), randn(PADDED, D, seed=2)
-    y = torch.randint(0, VOCAB, (n,), generator=rng(3))
+    y = torch.randint(0, VOCAB, (n, targets), generator=rng(3))
+    y[1::7, 1:], y[2::7, 2:] = -1, -1
+    y[3::7] = y[3::7, :1]                       # one token several times
     y[::5], y[-1] = -1, -1
     teacher = (2 * randn(n, D, seed=4), randn(PADDED, D, seed=5)) if alpha else (None, None)
     return h, w, y, *teacher
 
 
-def chunked(h, w, y, teacher_h, teacher_w, alpha, temperature, softcap, chunk):
-    return t.ChunkedLoss.apply(h, w, y, teacher_h, teacher_w, alpha, temperature, softcap, VOCAB,
-                               chunk, t.loss_chunk)
+def chunked(h, w, y, y_weights, teacher_h, teacher_w, alpha, temperature, softcap, chunk):
+    return t.ChunkedLoss.apply(h, w, y, torch.tensor(y_weights), teacher_h, teacher_w, alpha,
+                               temperature, softcap, VOCAB, chunk, t.loss_chunk)
 
 
-def naive_loss(h, w, y, teacher_h, teacher_w, alpha, temperature, softcap):
-    """(loss, CE, KL), sums over the counted tokens, from whole logits without the padding."""
+def naive_loss(h, w, y, y_weights, teacher_h, teacher_w, alpha, temperature, softcap):
+    """(loss, CE of the next token, KL), sums over the counted tokens, from whole logits without
+    the padding. The loss has the cross-entropies of all targets, weighted."""
     cap = lambda z: softcap * torch.tanh(z / softcap) if softcap else z
-    logits, counted = cap(h @ w[:VOCAB].T), y >= 0
+    logits, counted = cap(h @ w[:VOCAB].T), y[:, 0] >= 0
     logp = logits - logits.logsumexp(1, keepdim=True)
-    ce = -logp[counted, y[counted]].sum()
+    ces = []
+    for j in range(y.shape[1]):
+        there = counted & (y[:, j] >= 0)
+        ces.append(-logp[there, y[there, j]].sum())
     kl = torch.zeros((), dtype=h.dtype)
     if teacher_h is not None:
         q = torch.softmax(cap(teacher_h @ teacher_w[:VOCAB].T) / temperature, 1)
         p = torch.softmax(logits / temperature, 1)
         kl = (q * (q.log() - p.log())).sum(1)[counted].sum()
-    return (1 - alpha) * ce + alpha * temperature ** 2 * kl, ce, kl
+    ce = sum(weight * one for weight, one in zip(y_weights, ces))
+    return (1 - alpha) * ce + alpha * temperature ** 2 * kl, ces[0], kl
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("alpha, temperature", DISTILLATION)
 @pytest.mark.parametrize("chunk", [1, 8, 37, 100])
-def test_chunked_loss_equals_naive_float64_autograd(softcap, alpha, temperature, chunk):
-    h, w, y, *teacher = loss_inputs(alpha)
+@pytest.mark.parametrize("y_weights", [*TARGET_WEIGHTS, (1.0, 0.0), (1.0, 0.7)], ids=str)
+def test_chunked_loss_equals_naive_float64_autograd(softcap, alpha, temperature, chunk, y_weights):
+    h, w, y, *teacher = loss_inputs(alpha, targets=len(y_weights))
     h.requires_grad_(), w.requires_grad_()
-    sums = chunked(h, w, y, *teacher, alpha, temperature, softcap, chunk)
+    sums = chunked(h, w, y, y_weights, *teacher, alpha, temperature, softcap, chunk)
     (3 * sums[0]).backward()        # 3: the gradient that comes in must count
 
     h64, w64 = (x.detach().double().requires_grad_() for x in (h, w))
     teacher64 = [x if x is None else x.double() for x in teacher]
-    reference = naive_loss(h64, w64, y, *teacher64, alpha, temperature, softcap)
+    reference = naive_loss(h64, w64, y, y_weights, *teacher64, alpha, temperature, softcap)
     (3 * reference[0]).backward()
     for ours, naive in zip(sums[:2 + bool(alpha)], reference):
         assert relative_error(ours, naive) < 1e-5
+    assert alpha or sums[2] == 0
     assert relative_error(h.grad, h64.grad) < 1e-5
     assert relative_error(w.grad, w64.grad) < 1e-5
-    assert h.grad[y < 0].abs().max() == 0           # nothing is learned where nothing is predicted
+    assert h.grad[y[:, 0] < 0].abs().max() == 0     # nothing is learned where nothing is predicted
     assert w.grad[VOCAB:].abs().max() == 0          # nor by the padding
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("alpha, temperature", DISTILLATION)
-def test_padding_never_receives_probability(softcap, alpha, temperature):
+@pytest.mark.parametrize("y_weights", TARGET_WEIGHTS, ids=str)
+def test_padding_never_receives_probability(softcap, alpha, temperature, y_weights):
     """Not a bit changes when the padding's rows do, however large, in student and teacher."""
-    h, w, y, teacher_h, teacher_w = loss_inputs(alpha)
+    h, w, y, teacher_h, teacher_w = loss_inputs(alpha, targets=len(y_weights))
     results = []
     for scale in (0.0, 1000.0):
         student, teacher = w.clone(), teacher_w if teacher_w is None else teacher_w.clone()
         for weight in (student,) if teacher is None else (student, teacher):
             weight[VOCAB:] = scale * randn(PADDED - VOCAB, D, seed=6)
-        arguments = (h, student, y, teacher_h, teacher, alpha, temperature, softcap)
+        arguments = (h, student, y, torch.tensor(y_weights), teacher_h, teacher, alpha,
+                     temperature, softcap)
         results.append([*t.loss_chunk(*arguments, VOCAB),
-                        t.target_logprobs(h, student, y, softcap, VOCAB)])
+                        t.target_logprobs(h, student, y[:, 0], softcap, VOCAB)])
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-def test_a_target_that_is_not_counted_changes_nothing():
-    h, w, y, *teacher = loss_inputs(0.5)
-    settings, keep = (0.5, 2.0, 5.0, VOCAB), y >= 0
-    whole = t.loss_chunk(h, w, y, *teacher, *settings)
-    part = t.loss_chunk(h[keep], w, y[keep], teacher[0][keep], teacher[1], *settings)
-    for i in (0, 1, 3):
+@pytest.mark.parametrize("y_weights", TARGET_WEIGHTS, ids=str)
+def test_a_target_that_is_not_counted_changes_nothing(y_weights):
+    h, w, y, *teacher = loss_inputs(0.5, targets=len(y_weights))
+    y[::5, 1:] = 7                  # a token without a next one, though later ones are known
+    settings, keep = (0.5, 2.0, 5.0, VOCAB), y[:, 0] >= 0
+    y_weights = torch.tensor(y_weights)
+    whole = t.loss_chunk(h, w, y, y_weights, *teacher, *settings)
+    part = t.loss_chunk(h[keep], w, y[keep], y_weights, teacher[0][keep], teacher[1], *settings)
+    for i in (0, 1, 2, 4):
         assert relative_error(whole[i], part[i]) < 1e-6
-    assert relative_error(whole[2][keep], part[2]) < 1e-6
+    assert relative_error(whole[3][keep], part[3]) < 1e-6
 
 
 class Largest(TorchDispatchMode):
@@ -203,19 +222,21 @@ class Largest(TorchDispatchMode):
 
 def test_no_tensor_of_all_logits_is_made():
     n, chunk = 256, 16
-    h, w, y, *teacher = loss_inputs(0.5, n)
+    y_weights = TARGET_WEIGHTS[-1]
+    h, w, y, *teacher = loss_inputs(0.5, n, len(y_weights))
     h.requires_grad_(), w.requires_grad_()
     with Largest() as naive:
-        naive_loss(h, w, y, *teacher, 0.5, 2.0, 5.0)[0].backward()
+        naive_loss(h, w, y, y_weights, *teacher, 0.5, 2.0, 5.0)[0].backward()
     assert naive.numel >= n * VOCAB                 # the recorder sees forward and backward
     with Largest() as ours:
-        chunked(h, w, y, *teacher, 0.5, 2.0, 5.0, chunk)[0].backward()
+        chunked(h, w, y, y_weights, *teacher, 0.5, 2.0, 5.0, chunk)[0].backward()
     assert ours.numel <= max(chunk * PADDED, n * D)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_target_logprobs_and_capped_logits(softcap):
     h, w, y, *_ = loss_inputs(0.0)
+    y = y[:, 0]
     z = h.double() @ w.double().T
     z = softcap * torch.tanh(z / softcap) if softcap else z
     ours, reference = t.capped_logits(h, w, softcap), torch.log_softmax(z[:, :VOCAB], 1)
@@ -229,8 +250,9 @@ def test_target_logprobs_and_capped_logits(softcap):
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
 def test_compiled_loss_chunk_equals_eager():
-    h, w, y, *teacher = loss_inputs(0.5)
-    arguments = (h, w, y, *teacher, 0.5, 2.0, 5.0, VOCAB)
+    y_weights = torch.tensor(TARGET_WEIGHTS[-1])
+    h, w, y, *teacher = loss_inputs(0.5, targets=len(y_weights))
+    arguments = (h, w, y, y_weights, *teacher, 0.5, 2.0, 5.0, VOCAB)
     compiled = torch.compile(t.loss_chunk, dynamic=False)(*arguments)
     for ours, eager in zip(compiled, t.loss_chunk(*arguments)):
         assert relative_error(ours, eager) < 1e-5
@@ -239,10 +261,10 @@ def test_compiled_loss_chunk_equals_eager():
 def float64_trainer(**changes):
     """A Trainer whose random student (and teacher) compute in float64, and a batch of 4 rows."""
     c = small_config(**{**dict(mtp_weight=0.3, batch_rows=4, device_batch_size=2, loss_chunk=7,
-                               dtype="float32", device="cpu"), **changes})
+                               dtype="float32", device="cpu", meta_lr=0.0), **changes})
     runtime = t.start_runtime(c)
     runtime.dtype = torch.float64
-    trainer = t.Trainer(c, runtime, None, None)
+    trainer = t.Trainer(c, runtime, None, SimpleNamespace(bos=0))
     for seed, model in enumerate((trainer.model, trainer.teacher)):
         if model is not None:
             randomize(model, seed).double()
@@ -252,34 +274,43 @@ def float64_trainer(**changes):
     return trainer, x, y
 
 
+@pytest.mark.parametrize("later", [(), (0.4, 0.3)], ids=["next", "third"])
 @pytest.mark.parametrize("alpha, temperature", [(0.0, 1.0), (0.7, 2.0)])
-def test_gradients_of_a_batch_equal_the_formula(alpha, temperature):
-    """(1 - alpha)(CE + w CE of y_t+1) + alpha T^2 KL; y_t+1 does not cross the end of its row.
+def test_gradients_of_a_batch_equal_the_formula(alpha, temperature, later):
+    """(1 - alpha)(CE + sum of w_j CE of y_t+j + w CE of y_t+1 by MTP) + alpha T^2 KL.
 
-    In two micro-batches, with a row that ends early; the model computes in float64.
+    No y_t+j crosses the end of its row. In two micro-batches, with a row that ends early; the
+    model computes in float64. later: the weights of y_t+1 and y_t+2 halfway through.
     """
-    trainer, x, y = float64_trainer(kd_alpha=alpha, kd_temperature=temperature)
+    schedules = dict(second_weight="0:0.5,1:0.3", third_weight="0:0.3") if later else {}
+    trainer, x, y = float64_trainer(kd_alpha=alpha, kd_temperature=temperature, **schedules)
     c, model, teacher = trainer.c, trainer.model, trainer.teacher
-    ce, kl = trainer.gradients(x, y, 2, bool(alpha)).tolist()
+    model.prepare(c.seq_len, t.stages(c)[-1]._replace(loops=2))
+    ce, kl = trainer.gradients(x, y, 0.5, bool(alpha)).tolist()
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
 
     model.zero_grad()
-    hidden, sums = model(x, 2), dict(ce=0, ahead=0, kl=0)
-    ahead = model.logits(model.mtp_hidden(hidden, y.clamp(min=0))).log_softmax(-1)
+    hidden, sums = model(x), dict(ce=0, later=0, ahead=0, kl=0)
+    ahead = model.logits(model.mtp_hidden(hidden, x, y.clamp(min=0))).log_softmax(-1)
     student = model.logits(hidden)
     tempered = (student / temperature).log_softmax(-1)
     if alpha:       # the teacher always runs with all its loops
-        q = (teacher.logits(teacher(x, c.loop_count)).detach() / temperature).log_softmax(-1)
+        teacher.prepare(c.seq_len, t.stages(c)[-1])
+        q = (teacher.logits(teacher(x)).detach() / temperature).log_softmax(-1)
     counted = [(row, i) for row in range(4) for i in range(c.seq_len) if y[row, i] >= 0]
     for row, i in counted:
         sums["ce"] -= student[row, i].log_softmax(-1)[y[row, i]]
+        for j, weight in enumerate(later, 1):
+            if (row, i + j) in counted:
+                sums["later"] -= weight * student[row, i].log_softmax(-1)[y[row, i + j]]
         if (row, i + 1) in counted:
             sums["ahead"] -= ahead[row, i, y[row, i + 1]]
         if alpha:
             sums["kl"] += (q[row, i].exp() * (q[row, i] - tempered[row, i])).sum()
     pairs = 3 * (c.seq_len - 1) + 7                 # 8 targets of the last row are 7 pairs
     assert len(counted) == 3 * c.seq_len + 8
-    naive = (1 - alpha) * (sums["ce"] / len(counted) + 0.3 * sums["ahead"] / pairs)
+    naive = (1 - alpha) * ((sums["ce"] + sums["later"]) / len(counted)
+                           + 0.3 * sums["ahead"] / pairs)
     (naive + alpha * temperature ** 2 * sums["kl"] / len(counted)).backward()
     for ours_of, sum_of in ((ce, sums["ce"]), (kl, sums["kl"])):
         expected = float(torch.as_tensor(sum_of).detach()) / len(counted)
@@ -288,16 +319,17 @@ def test_gradients_of_a_batch_equal_the_formula(alpha, temperature):
         assert relative_error(ours[name], p.grad) < 1e-6, name
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_gradients_add_up_over_ranks(world):
+@pytest.mark.parametrize("world, changes", [
+    (2, {}), (4, {}), (2, dict(meta_lr=0.5, meta_rows=1, device_batch_size=1))], ids=str)
+def test_gradients_add_up_over_ranks(world, changes):
     """The gradients and losses of a batch's shares sum to those of one process."""
-    trainer, x, y = float64_trainer(kd_alpha=0.5)
+    trainer, x, y = float64_trainer(kd_alpha=0.5, **changes)
     results = []
     for processes in (1, world):
         trainer.model.zero_grad()
         trainer.rt.world, sums = processes, 0
         for trainer.rt.rank in range(processes):
-            sums = sums + trainer.gradients(x, y, 3, True)
+            sums = sums + trainer.gradients(x, y, 0.5, True)
         results.append([sums, *(p.grad.clone() for p in trainer.model.parameters())])
     for one, shared in zip(*results):
         assert relative_error(shared, one) < 1e-6
@@ -360,25 +392,64 @@ def test_fit_mixture_of_four_is_optimal():
     assert np.allclose(t.fit_mixture(logp - 700), weights)      # it is the ratios that count
 
 
-@pytest.mark.parametrize("include_first", [True, False])
-def test_ensemble_curve_against_full_distributions(members, include_first):
+PARTS = {"selection": slice(0, 20), "val": slice(20, 40), "holdout": slice(40, 48)}
+
+
+def by_split(logp):
+    return {split: logp[part] for split, part in PARTS.items()}
+
+
+@pytest.mark.parametrize("changes, kept", [
+    (dict(num_models=3), [0, 1, 2]), (dict(num_models=3, include_first=False), [1, 2]),
+    # two chains, each without its first member
+    (dict(num_models=2, num_chains=2, include_first=False), [1, 3])], ids=str)
+@pytest.mark.parametrize("with_ngram", [False, True])
+def test_ensemble_curve_against_full_distributions(members, changes, kept, with_ngram):
     p, y, logp = members
-    c = small_config(num_models=3, include_first=include_first)
-    parts = {"selection": slice(0, 20), "val": slice(20, 40), "holdout": slice(40, 48)}
-    curve = t.ensemble_curve([{split: one[part] for split, part in parts.items()}
-                              for one in logp], c)
-    first = 0 if include_first else 1
-    assert [point["n"] for point in curve] == list(range(1, 4 - first))
+    index = np.arange(len(y))
+    p = np.concatenate((p, p[:1] / 2 + p[1:2] / 2))[:, index, y]
+    other = np.random.default_rng(0).uniform(0.001, 0.1, len(y))        # the count-based member's
+    c = small_config(mixture_size=0, **changes)
+    curve = t.ensemble_curve([by_split(np.log(one)) for one in p[:max(kept) + 1]], c,
+                             by_split(np.log(other)) if with_ngram else None)
+    assert [point["n"] for point in curve] == list(range(1, len(kept) + 1))
+    assert [point["member"] for point in curve] == [i + 1 for i in kept]
     for point in curve:
-        kept = p[first:first + point["n"], np.arange(len(y)), y]
-        for split, part in parts.items():
-            loss = -np.log(kept[:, part].mean(0)).mean()
+        some = p[kept[:point["n"]]]
+        for split, part in PARTS.items():
+            loss = -np.log(some[:, part].mean(0)).mean()
             assert point[f"{split}_loss"] == pytest.approx(loss, rel=1e-12)
-        weights = t.fit_mixture(np.log(kept[:, :20]))           # of selection, used on the rest
-        assert point["weights"] == pytest.approx(weights, abs=1e-4)
-        for split in ("val", "holdout"):
-            loss = -np.log(weights @ kept[:, parts[split]]).mean()
-            assert point[f"{split}_loss_learned"] == pytest.approx(loss, rel=1e-9)
+        assert ("val_loss_ngram" in point) == with_ngram
+        for name, mixed in (("learned", some), ("ngram", np.concatenate((some, other[None])))):
+            if name == "ngram" and not with_ngram:
+                continue
+            weights = t.fit_mixture(np.log(mixed[:, :20]))      # of selection, used on the rest
+            assert point[f"weights_{name}"] == pytest.approx(weights, abs=1e-4)
+            for split in ("val", "holdout"):
+                loss = -np.log(weights @ mixed[:, PARTS[split]]).mean()
+                assert point[f"{split}_loss_{name}"] == pytest.approx(loss, rel=1e-9)
+
+
+def test_learned_mixture_keeps_the_heaviest(members):
+    _, y, logp = members
+    scores = [by_split(one) for one in logp]
+    weights = t.fit_mixture(logp[:, :20])
+    for size in (1, 2, 3, 4, 0):
+        cut = weights.copy()
+        for i in sorted(range(3), key=lambda i: weights[i])[:max(0, 3 - (size or 3))]:
+            cut[i] = 0
+        cut /= cut.sum()
+        val, holdout, shown = t.learned_mixture(scores, size)
+        assert shown == pytest.approx(cut, abs=1e-4) and len(shown) == 3
+        for split, loss in (("val", val), ("holdout", holdout)):
+            expected = -np.log(cut @ np.exp(logp[:, PARTS[split]].astype(np.float64))).mean()
+            assert loss == pytest.approx(expected, rel=1e-9)
+
+
+def test_ensemble_without_selection_learns_nothing(members):
+    scores = [{"val": one[20:40], "holdout": one[40:]} for one in members[2]]
+    point = t.ensemble_curve(scores, small_config(num_models=3))[-1]
+    assert set(point) == {"n", "member", "val_loss", "holdout_loss"}
 
 
 PUBLIC = [[2e8, 3.703], [4e8, 3.370], [6e8, 3.200], [8e8, 3.123], [1e9, 3.046], [2e9, 2.892]]
@@ -388,29 +459,31 @@ PUBLIC = [[2e8, 3.703], [4e8, 3.370], [6e8, 3.200], [8e8, 3.123], [1e9, 3.046], 
     (3.307, 4.74), (3.295, 4.88), (3.195, 6.13), (3.183, 6.44), (3.139, 7.58), (2.987, 13.83),
     (3.370, 4.0), (3.703, 2.0), (2.892, 20.0)])
 def test_data_efficiency_of_the_public_results(loss, multiple):
-    tokens, sign = t.equivalent_tokens(loss, PUBLIC)
+    tokens, sign = t.report.equivalent_tokens(loss, PUBLIC)
     assert tokens / 1e8 == pytest.approx(multiple, abs=0.0051) and sign == ""
-    assert t.data_efficiency(loss, {"one_epoch": PUBLIC}, 1e8) == {
+    assert t.report.data_efficiency(loss, {"one_epoch": PUBLIC}, 1e8) == {
         "one_epoch": multiple, "tuned": "n/a", "curve": {"one_epoch": PUBLIC}}
 
 
 def test_equivalent_tokens_by_hand():
-    assert t.equivalent_tokens(3.307, PUBLIC)[0] == pytest.approx(4e8 + 2e8 * 0.063 / 0.170)
-    assert t.equivalent_tokens(2.0, PUBLIC) == (2e9, ">")
-    assert t.equivalent_tokens(9.0, PUBLIC) == (2e8, "<")
+    assert t.report.equivalent_tokens(3.307, PUBLIC)[0] == pytest.approx(4e8 + 2e8 * 0.063 / 0.170)
+    assert t.report.equivalent_tokens(2.0, PUBLIC) == (2e9, ">")
+    assert t.report.equivalent_tokens(9.0, PUBLIC) == (2e8, "<")
     shuffled = [PUBLIC[i] for i in (3, 0, 5, 1, 4, 2)]
     worse = [[5e8, 3.5], [9e8, 3.2]]        # tokens that do not help are no points of the curve
-    assert t.equivalent_tokens(3.1, shuffled + worse) == t.equivalent_tokens(3.1, PUBLIC)
+    assert t.report.equivalent_tokens(3.1, shuffled + worse) == t.report.equivalent_tokens(
+        3.1, PUBLIC)
 
 
 def test_data_efficiency_beyond_the_curve_is_not_extrapolated():
     baseline = {"one_epoch": PUBLIC, "tuned": [[1e8, 3.3], [2e8, 3.0]]}
-    result = t.data_efficiency(2.8, baseline, 1e8)
+    result = t.report.data_efficiency(2.8, baseline, 1e8)
     assert (result["one_epoch"], result["tuned"]) == ("> 20.0", "> 2.0")
-    result = t.data_efficiency(3.75, baseline, 1e8)
+    result = t.report.data_efficiency(3.75, baseline, 1e8)
     assert (result["one_epoch"], result["tuned"]) == ("< 2.0", "< 1.0")
-    assert t.data_efficiency(3.15, baseline, 1e8)["tuned"] == 1.5
-    assert t.data_efficiency(3.0, None, 1e8) == {"one_epoch": "n/a", "tuned": "n/a", "curve": None}
+    assert t.report.data_efficiency(3.15, baseline, 1e8)["tuned"] == 1.5
+    assert t.report.data_efficiency(3.0, None, 1e8) == {
+        "one_epoch": "n/a", "tuned": "n/a", "curve": None}
 
 
 # ==== Data: rows ================================================================================
@@ -516,27 +589,39 @@ def test_epoch_of_counts_rows():
 
 
 # ==== Model =====================================================================================
+@pytest.mark.parametrize("scale", [0.5, 0.8], ids=["plain", "YaRN"])
 @pytest.mark.parametrize("window", [1, 2, 5, 15, 16, 40])
-def test_attend_against_a_slow_loop(window):
+def test_attend_against_a_slow_loop(window, scale):
     B, T, H, d = 2, 16, 3, 4
     q, k, v = (randn(B, T, H, d, seed=i, dtype=torch.float64) for i in range(3))
     expected = np.zeros((B, T, H, d))
     for b, i, h in np.ndindex(B, T, H):
         seen = range(max(0, i - window + 1), i + 1)     # `window` keys, its own included
-        weights = np.array([np.exp(float(q[b, i, h] @ k[b, j, h]) / d ** 0.5) for j in seen])
+        weights = np.array([np.exp(float(q[b, i, h] @ k[b, j, h]) * scale) for j in seen])
         expected[b, i, h] = sum(w * v[b, j, h].numpy()
                                 for w, j in zip(weights / weights.sum(), seen))
-    ours = t.attend(q, k, v, window, t.make_mask(window, T, CPU, "sdpa"), "sdpa")
+    mask = t.make_mask(window, T, CPU, "sdpa")
+    ours = t.attend(q, k, v, t.Sight(window, mask, None, None, scale, "sdpa"))
     assert relative_error(ours, expected) < 1e-12
+
+
+def test_scale_of_attention():
+    """1 / sqrt(width of a head) in every layer, without YaRN."""
+    model = t.GPT(small_config()).prepare(12)
+    assert set(model.sights) == {6, 12}
+    for window, sight in model.sights.items():
+        assert sight.window == window and sight.scale == pytest.approx(12 ** -0.5, rel=1e-12)
 
 
 def test_windows_by_layer():
     limited = t.windows(t.make_config("limited"))
-    assert limited == [2048 if i % 4 == 3 or i == 29 else 1024 for i in range(30)]
-    assert t.windows(small_config(num_layers=6)) == [6, 6, 6, 12, 6, 12]
-    assert t.windows(small_config(window_pattern="S")) == [6, 6, 6, 12]     # the last sees all
-    assert t.windows(small_config(window_pattern="LS")) == [12, 6, 12, 12]
-    assert t.windows(small_config(window_pattern="")) == [12] * 4
+    assert limited == tuple(2048 if i % 4 == 3 or i == 29 else 1024 for i in range(30))
+    assert t.windows(small_config(num_layers=6)) == (6, 6, 6, 12, 6, 12)
+    assert t.windows(small_config(window_pattern="S")) == (6, 6, 6, 12)     # the last sees all
+    assert t.windows(small_config(window_pattern="LS")) == (12, 6, 12, 12)
+    assert t.windows(small_config(window_pattern="")) == (12,) * 4
+    assert t.windows(small_config(num_layers=5), 0.25, 0.75) == (3, 3, 3, 9, 9)
+    assert t.windows(small_config(window_pattern="S"), 0.01, 0.5) == (1, 1, 1, 6)   # itself
 
 
 @pytest.mark.parametrize("start, end, count, order", [
@@ -582,6 +667,10 @@ class Reference:
         c, (T, dim) = self.c, x.shape
         d, heads = dim // c.num_heads, []
         q, k, v = (self.linear(f"{block}.attn.{name}", x) for name in "qkv")
+        if c.iha:       # each head's projection is a mixture of all heads'
+            mix = self.w[f"{block}.attn.mix"]
+            q, k, v = (np.einsum("gh,thd->tgd", m, z.reshape(T, -1, d)).reshape(T, dim)
+                       for m, z in zip(mix, (q, k, v)))
         for h in range(c.num_heads):
             part = slice(h * d, (h + 1) * d)
             qh, kh, vh = q[:, part], k[:, part], v[:, part]
@@ -653,10 +742,10 @@ OFF = [
     (dict(value_projections=False), r"value_projs.*|.*value_gate.*"),
     (dict(attn_gate=False), r".*attn\.gate.*"), (dict(qk_norm=False), None),
     (dict(rope_base=0.0), None), (dict(window_pattern=""), None), (dict(softcap=0.0), None),
-    (dict(loop_count=1), None), (dict(mtp_weight=0.0), "mtp.*"),
+    (dict(loop_count=1), None), (dict(mtp_weight=0.0), "mtp.*"), (dict(iha=False), r".*attn\.mix"),
     (dict(unet=False, resid_init=0.0, x0_init=0.0, value_projections=False, attn_gate=False,
           swiglu=False, qk_norm=False, rope_base=0.0, softcap=0.0, loop_count=1, mtp_weight=0.0,
-          window_pattern=""), r".*(gate|lambdas|value|mtp).*")]
+          window_pattern="", iha=False), r".*(gate|lambdas|value|mtp|mix).*")]
 ON = [dict(), dict(loop_count=1), dict(num_layers=5, loop_start=1, loop_end=3, loop_count=2),
       dict(loop_start=0, loop_end=3, loop_count=2), dict(num_heads=2, rope_base=100.0),
       dict(window_pattern="LS", softcap=3.0), dict(num_layers=1, loop_count=1)]
@@ -665,13 +754,13 @@ ON = [dict(), dict(loop_count=1), dict(num_layers=5, loop_start=1, loop_end=3, l
 @pytest.mark.parametrize("changes", ON + [off for off, _ in OFF], ids=str)
 def test_model_equals_slow_reference(changes):
     c = small_config(**changes)
-    model, loops = random_model(c), c.loop_count
+    model, loops = random_model(c), c.loop_count        # prepared for the last stage
     slow = Reference(c, model.state_dict())
     tokens, following = random_tokens(c, 2, c.seq_len), random_tokens(c, 2, c.seq_len, seed=1)
     with torch.no_grad():
-        hidden = model(tokens, loops)
+        hidden = model(tokens)
         logits = model.logits(hidden)
-        ahead = model.mtp_hidden(hidden, following) if c.mtp_weight else None
+        ahead = model.mtp_hidden(hidden, tokens, following) if c.mtp_weight else None
     for row in range(2):        # the rotation's angles are fp32, hence no closer than that
         expected = slow.hidden(tokens[row].numpy(), loops)
         assert relative_error(hidden[row], expected) < 2e-5
@@ -686,9 +775,21 @@ def test_rows_shorter_than_seq_len():
     c = small_config()
     model, tokens = random_model(c), random_tokens(c, 1, 8)
     with torch.no_grad():
-        ours = model.prepare(8)(tokens, 3)[0]
+        ours = model.prepare(8)(tokens)[0]
     expected = Reference(c, model.state_dict()).hidden(tokens[0].numpy(), 3)
     assert relative_error(ours, expected) < 2e-5
+
+
+@pytest.mark.parametrize("loops", [1, 2, 5])
+def test_a_stage_says_how_often_layers_are_run(loops):
+    c = small_config()
+    model, tokens = random_model(c), random_tokens(c, 1, c.seq_len)
+    with torch.no_grad():
+        ours = model.prepare(c.seq_len, t.stages(c)[0]._replace(loops=loops))(tokens)[0]
+        again = model.prepare(c.seq_len)(tokens)[0]
+    slow = Reference(c, model.state_dict())
+    assert relative_error(ours, slow.hidden(tokens[0].numpy(), loops)) < 2e-5
+    assert relative_error(again, slow.hidden(tokens[0].numpy(), 3)) < 2e-5
 
 
 def test_model_is_causal():
@@ -697,7 +798,7 @@ def test_model_is_causal():
     changed = tokens.clone()
     changed[0, 7:] = (changed[0, 7:] + 1) % c.vocab_size
     with torch.no_grad():
-        before, after = model(tokens, 3), model(changed, 3)
+        before, after = model(tokens), model(changed)
     assert torch.equal(before[:, :7], after[:, :7])
     assert not torch.isclose(before[:, 7:], after[:, 7:]).all(dim=-1).any()
 
@@ -712,6 +813,8 @@ def neutral(field, model):
             p.zero_()
         elif field == "attn_gate" and name.endswith("attn.gate.weight"):
             p.zero_()                       # lets half of each head through
+        elif field == "iha" and name.endswith("attn.mix"):
+            p.copy_(torch.eye(p.shape[-1]).expand_as(p))
 
 
 @pytest.mark.parametrize("off, gone", OFF, ids=str)
@@ -724,7 +827,7 @@ def test_off_value_removes_the_technique_exactly(off, gone):
     field, tokens = next(iter(off)), random_tokens(c, 2, c.seq_len)
     if len(off) > 1 or field in ("swiglu", "qk_norm", "rope_base", "window_pattern", "softcap"):
         return                              # nothing to neutralize: the slow reference is the test
-    on, loops = random_model(c), without.loop_count
+    on = random_model(c)
     with torch.no_grad():
         neutral(field, on)
         other = t.GPT(without, dtype=torch.float64).double().prepare(c.seq_len).eval()
@@ -732,7 +835,8 @@ def test_off_value_removes_the_technique_exactly(off, gone):
                                if name not in removed})
         for block in other.blocks if field == "attn_gate" else ():
             block.attn.proj.weight.mul_(0.5)
-        assert torch.equal(on(tokens, loops), other(tokens, loops))     # bit for bit
+        on.prepare(c.seq_len, t.stages(without)[-1])
+        assert torch.equal(on(tokens), other(tokens))               # bit for bit
 
 
 def test_dropout_is_off_in_eval():
@@ -741,10 +845,10 @@ def test_dropout_is_off_in_eval():
     plain = t.GPT(small_config(dropout=0.0), dtype=torch.float64).double().prepare(c.seq_len)
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():
-        assert torch.equal(model(tokens, 3), plain.train()(tokens, 3))
+        assert torch.equal(model(tokens), plain.train()(tokens))
         torch.manual_seed(0)
-        assert not torch.allclose(model.train()(tokens, 3), model(tokens, 3))
-        assert torch.equal(model.eval()(tokens, 3), plain(tokens, 3))
+        assert not torch.allclose(model.train()(tokens), model(tokens))
+        assert torch.equal(model.eval()(tokens), plain(tokens))
 
 
 def test_initial_weights():
@@ -757,6 +861,8 @@ def test_initial_weights():
             assert torch.equal(p, torch.full_like(p, value))
         elif re.search(r"attn\.(value_)?gate", name):
             assert not p.any()
+        elif name.endswith("attn.mix"):
+            assert torch.equal(p, torch.eye(4).expand(3, 4, 4))
         else:
             std = {"wte.weight": 1.0, "head.weight": 0.001}.get(name, p.shape[1] ** -0.5)
             std = c.model_dim ** -0.5 if name.endswith(".proj.weight") else std
@@ -782,7 +888,7 @@ def count(module):
 
 
 def test_parameters_of_limited(limited):
-    block = 4 * 1792 ** 2 + 3 * 1792 * 4864 + 14 * 12
+    block = 4 * 1792 ** 2 + 3 * 1792 * 4864 + 14 * 12 + 3 * 14 ** 2     # IHA mixes q, k, v
     blocks = 30 * block + 15 * 14 * 32              # every second layer has a gate for its values
     extra = 15 * 1792 ** 2 + 2 * 50304 * 1792 + (block + 2 * 1792 ** 2) + 30 + 30 + 15
     assert count(limited.blocks) == blocks == pytest.approx(1.170e9, rel=1e-3)
@@ -804,7 +910,7 @@ def test_steps_of_limited():
 def test_flops_per_token_by_hand(changes):
     """6 a matmul weight and use; 12 D a key, with the mean over a row of the keys that are seen."""
     c = t.make_config("limited", **changes)
-    block = 4 * 1792 ** 2 + 3 * 1792 * 4864 + 14 * 12
+    block = 4 * 1792 ** 2 + 3 * 1792 * 4864 + 14 * 12 + 3 * 14 ** 2
     for stage in t.stages(c):
         loop = range(c.loop_start, c.loop_end + 1)
         weights, keys = 50304 * 1792, 0
@@ -831,8 +937,9 @@ def test_flops_of_a_whole_run_of_limited():
     c = t.make_config("limited")
     first, second = t.stages(c)
     a_epoch = 48_804 * 2048
-    total = (second.from_epoch * t.flops_per_token(c, first)
-             + (11 - second.from_epoch) * t.flops_per_token(c, second)) * a_epoch
+    assert (first.start, second.start) == (0, pytest.approx(6 / 11, rel=1e-12))
+    total = 11 * a_epoch * (second.start * t.flops_per_token(c, first)
+                            + (1 - second.start) * t.flops_per_token(c, second))
     assert total == pytest.approx(1.17e19, rel=0.01)
 
 
@@ -954,8 +1061,10 @@ def settings_of(name, c):
             "head.weight": (c.head_lr, c.weight_decay, (0.8, 0.95)),
             "x0_lambdas": (c.x0_lr, 0.0, (0.96, 0.95)),
             "resid_lambdas": (c.scalar_lr, 0.0, (0.8, 0.95)),
-            "skip_lambdas": (c.scalar_lr, 0.0, (0.8, 0.95))}.get(
-                name, (c.matrix_lr, c.weight_decay, None))
+            "skip_lambdas": (c.scalar_lr, 0.0, (0.8, 0.95)),
+            "mix": (c.iha_lr, 0.0, (0.8, 0.95))}.get(
+                name.removeprefix(name.rpartition("attn.")[0] + "attn."),
+                (c.matrix_lr, c.weight_decay, None))
 
 
 def test_optimizer_equals_the_updates_by_hand():
@@ -989,12 +1098,13 @@ def test_optimizer_equals_the_updates_by_hand():
 def test_rates_of_limited():
     """The public 1-hour track's settings, by parameter."""
     expected = {"wte.weight": (0.0375, 1.3), "head.weight": (0.0005, 1.3), "x0_lambdas": (0.025, 0),
-                "resid_lambdas": (0.00025, 0), "skip_lambdas": (0.00025, 0)}
+                "resid_lambdas": (0.00025, 0), "skip_lambdas": (0.00025, 0), "mix": (0.02, 0)}
     c = t.make_config("limited")
     for name, p in t.GPT(small_config()).named_parameters():
         rows = [row for row in t.parameter_table(c) if re.fullmatch(row[0], name)]
         assert len(rows) == 1, name
         _, kind, lr, wd, _ = rows[0]
+        name = "mix" if name.endswith("attn.mix") else name
         assert (lr, wd) == expected.get(name, (0.01, 1.3))
         assert (kind == "muon") == (name not in expected)
         assert kind == "adamw" or p.ndim == 2
@@ -1041,9 +1151,26 @@ def test_optimizer_starts_afresh_for_each_model():
     (dict(lr_warmdown=0.0), [(0, 1), (0.5, 1), (1, 1)]),
     (dict(lr_warmdown=1.0, lr_power=1.0), [(0, 1), (0.25, 0.75), (1, 0)])], ids=str)
 def test_lr_multiplier_by_hand(settings, points):
-    c = t.make_config("limited", **settings)
+    c = t.make_config("limited", sawtooth_epochs=0, **settings)
     for progress, multiplier in points:
+        assert t.base_multiplier(c, progress) == pytest.approx(multiplier, abs=1e-9)
         assert t.lr_multiplier(c, progress) == pytest.approx(multiplier, abs=1e-9)
+
+
+def test_sawtooth_by_hand():
+    """Each of the last epochs begins at the base and ends near 0.05, on a cosine."""
+    c = t.make_config("limited")                # 3 teeth at the end of 11 epochs
+    assert (c.sawtooth_epochs, c.num_epochs) == (3, 11)
+    for epoch in (0, 3.3, 7.999):
+        assert t.lr_multiplier(c, epoch / 11) == t.base_multiplier(c, epoch / 11) == 1
+    for epoch in (8, 9, 10):
+        at = lambda part: t.lr_multiplier(c, (epoch + part) / 11)
+        base = lambda part: min(1, (1 - (epoch + part) / 11) / 0.2) ** 0.5
+        assert at(1e-9) == pytest.approx(base(0), abs=1e-6)
+        assert at(0.5) == pytest.approx((base(0.5) + 0.05) / 2, abs=1e-6)
+        assert at(1 - 1e-6) == pytest.approx(0.05, abs=1e-6)
+    low = t.make_config("limited", lr_warmdown=1.0, lr_power=1.0)
+    assert all(t.lr_multiplier(low, (10 + part) / 11) >= 0.05 for part in (0.5, 0.9, 0.99))
 
 
 def test_piecewise_linear_by_hand():
@@ -1053,9 +1180,13 @@ def test_piecewise_linear_by_hand():
         assert t.piecewise_linear(tiny, progress) == pytest.approx(value)
     assert t.piecewise_linear("0.2:2,0.4:4", 0.1) == 2 and t.piecewise_linear("0.2:2,0.4:4", 1) == 4
     assert t.piecewise_linear("1:3,0:1", 0.5) == pytest.approx(2)       # in any order
+    jump = "0:1,0.5:2,0.5:0.5,1:1"              # two points at one place, in the order given
+    for progress, value in ((0.25, 1.5), (0.4999, 1.9998), (0.5, 0.5), (0.75, 0.75)):
+        assert t.piecewise_linear(jump, progress) == pytest.approx(value)
     assert t.piecewise_linear(t.Config.wd_schedule, 0.3) == 1
-    for broken in ("", "1", "0:1,0.5", "0:one", "0:-1", "0:nan", "0:1,,1:2", "0:1:2"):
-        with pytest.raises(t.UserError, match="wd_schedule"):
+    for broken in ("", "1", "0:1,0.5", "0:one", "0:-1", "0:nan", "0:1,,1:2", "0:1:2",
+                   "0:1,0.5:1:3"):
+        with pytest.raises(t.UserError, match="schedule.*0:1,0.5:0.1,1:0.9"):
             t.piecewise_linear(broken, 0.5)
 
 
@@ -1067,7 +1198,22 @@ def test_momentum_by_hand():
 
 
 def test_stages_by_hand():
-    looped = small_config(loop_count=3, loop_from_epoch=1)
-    assert [tuple(stage) for stage in t.stages(looped)] == [(0, 1), (1, 3)]
-    assert [tuple(stage) for stage in t.stages(small_config(loop_count=1))] == [(0, 1)]
+    windows = (6, 6, 6, 12)
+    looped = small_config(loop_count=3, loop_from_epoch=1)      # of 2 epochs
+    assert [tuple(stage) for stage in t.stages(looped)] == [
+        (0, 1, 1, windows, ()), (0.5, 3, 1, windows, ())]
+    assert [tuple(stage) for stage in t.stages(small_config(loop_count=1))] == [
+        (0, 1, 1, windows, ())]
+    assert [tuple(stage) for stage in t.stages(small_config(
+        loop_count=3, loop_from_epoch=0))] == [(0, 3, 1, windows, ())]
     assert all(track in t.TRACKS for track in ("limited", "mini", "cpu"))
+
+
+def test_stages_of_everything_at_once():
+    """Loops from halfway, two passes from 0.7, windows that grow at 0.25 and at halfway."""
+    c = small_config(loop_count=3, loop_from_epoch=1, recurrence_from=0.7,
+                     window_schedule="0:0.25:0.5,0.25:0.25:0.75,0.5:0.5:1")
+    assert [tuple(stage) for stage in t.stages(c)] == [
+        (0, 1, 1, (3, 3, 3, 6), ()), (0.25, 1, 1, (3, 3, 3, 9), ((6, 9),)),
+        (0.5, 3, 1, (6, 6, 6, 12), ((6, 9), (9, 12))),
+        (0.7, 3, 2, (6, 6, 6, 12), ((6, 9), (9, 12)))]

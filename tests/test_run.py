@@ -22,20 +22,19 @@ import torch
 from safetensors.torch import load_file
 
 import train_gpt as t
+from data.shards import read_shard, write_meta, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "data"))
-from shards import read_shard, write_meta, write_shard  # noqa: E402
-
 SCRIPT = str(ROOT / "train_gpt.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 TOY = ["--preset=toy", "--device=cpu"]
 # a second or so in this process: 13 steps a member
 TINY = [*TOY, "--dtype=float32", "--num_layers=2", "--batch_rows=4", "--num_epochs=1",
         "--train_tokens=5000", "--eval_tokens=500", "--log_steps=1"]
-# the same settings for 1 and 2 processes: 26 steps, looped from the second epoch on, with MTP
-INVARIANCE = ["--track=limited", *TOY, "--dtype=float32", "--dropout=0", "--batch_rows=4",
-              "--train_tokens=5000", "--log_steps=1", "--run_id=run"]
+# the same settings for 1 and 2 processes: 30 steps, looped from the second epoch on, with MTP and
+# the meta-gradient
+INVARIANCE = ["--track=limited", *TOY, "--dtype=float32", "--dropout=0", "--batch_rows=8",
+              "--log_steps=1", "--run_id=run"]
 
 
 def python(*arguments, **options):
@@ -115,7 +114,7 @@ def test_console_has_plan_progress_members_table_and_text(toy):
         row, = re.findall(rf"^ {k}  .*$", rest, re.M)
         assert row.split() == [str(k), f"{val:.4f}", f"{mixed:.4f}",
                                *(f"{toy.result['ensemble'][k - 1][key]:.4f}"
-                                 for key in ("val_loss_learned", "holdout_loss"))]
+                                 for key in ("val_loss_learned", "val_loss_ngram", "holdout_loss"))]
     assert f"val loss {toy.result['val_loss']:.4f}" in rest and "data efficiency" in rest
     assert f"{toy.result['val_bpb']:.4f} bits per byte" in rest and c["preset"] == "toy"
     text = re.search(r"^member \d writes .*\n\n((?:.*\n)+)", rest, re.M)[1]
@@ -154,9 +153,13 @@ def test_log_begins_with_source_and_ends_with_result(toy):
 
 
 def test_metrics_have_every_member_and_reading(toy):
-    steps = 15
+    tokens, = re.findall(r"([\d,]+) tokens an epoch", toy.console)
+    rows = -(-(int(tokens.replace(",", "")) - 1) // 64)
+    steps = -(-2 * rows // 8)                   # of 8 rows, in 2 epochs
+    readings = [*range(5, steps, 5), steps]     # every fifth step and the last
+    assert len(readings) >= 3
     assert [(m["member"], m["step"]) for m in toy.steps] == [
-        (k, step) for k in (1, 2, 3) for step in range(5, steps + 1, 5)]
+        (k, step) for k in (1, 2, 3) for step in readings]
     for m in toy.steps:
         assert math.isfinite(m["train_loss"]) and 0 < m["lr_multiplier"] <= 1
         assert m["tokens_per_second"] > 0
@@ -203,16 +206,17 @@ def test_losses_are_those_of_the_saved_scores(toy):
         stack = {split: [p[split] for p in logps[:point["n"]]] for split in logps[0]}
         for split in ("selection", "val", "holdout"):
             assert point[f"{split}_loss"] == pytest.approx(mixture_loss(stack[split]), abs=1e-9)
-        assert sum(point["weights"]) == pytest.approx(1, abs=1e-3)
+        assert sum(point["weights_learned"]) == pytest.approx(1, abs=1e-3)
         for split in ("val", "holdout"):
-            learned = mixture_loss(stack[split], point["weights"])     # rounded to 4 digits
+            learned = mixture_loss(stack[split], point["weights_learned"])     # 4 digits
             assert point[f"{split}_loss_learned"] == pytest.approx(learned, abs=1e-3)
         # fitted on selection and nothing else: at most this far, in nats, from the best weights
         p = np.exp(stack["selection"])
-        assert np.max(np.mean(p / np.average(p, axis=0, weights=point["weights"]), axis=1)) - 1 \
-            < 5e-4
-    assert result["val_loss"] == result["ensemble"][-1]["val_loss"]       # declared: uniform
-    assert result["holdout_loss"] == result["ensemble"][-1]["holdout_loss"]
+        mixed = np.average(p, axis=0, weights=point["weights_learned"])
+        assert np.max(np.mean(p / mixed, axis=1)) - 1 < 5e-4
+    assert result["final_mixture"] == "ngram"           # as the track declares
+    for split in ("val", "holdout"):
+        assert result[f"{split}_loss"] == result["ensemble"][-1][f"{split}_loss_ngram"]
 
 
 def test_saved_weights_give_the_saved_scores(toy):
@@ -276,9 +280,12 @@ def test_distillation_alone_pulls_towards_the_teacher(pair, tmp_path):
 
 
 def test_include_first_false_leaves_the_first_member_out(pair, tmp_path):
-    run = train(tmp_path, "--num_models=2", "--kd_alpha=0.5", "--include_first=false")
+    run = train(tmp_path, "--num_models=2", "--kd_alpha=0.5", "--include_first=false",
+                "--final_mixture=uniform")
     assert losses(run)[:2] == losses(pair)[:2]
-    assert len(run.result["members"]) == 2 and len(run.result["ensemble"]) == 1
+    assert len(run.result["members"]) == 2
+    point, = run.result["ensemble"]
+    assert (point["n"], point["member"]) == (1, 2)
     second = run.result["members"][1]
     assert run.result["val_loss"] == pytest.approx(second["val_loss"], abs=1e-9)
     assert run.result["holdout_loss"] == pytest.approx(second["holdout_loss"], abs=1e-9)
@@ -286,20 +293,48 @@ def test_include_first_false_leaves_the_first_member_out(pair, tmp_path):
     assert "left out" in run.console
 
 
-def test_learned_mixture_is_declared(pair, tmp_path):
-    run = train(tmp_path, "--num_models=2", "--kd_alpha=0.5", "--final_mixture=learned")
-    assert run.result["ensemble"] == pair.result["ensemble"]
+@pytest.mark.parametrize("mixture, suffix", [
+    ("uniform", ""), ("learned", "_learned"), ("ngram", "_ngram")])
+def test_the_declared_mixture_is_the_result(mixture, suffix, pair, tmp_path):
+    """It changes no training and no other number."""
+    run = train(tmp_path, "--num_models=2", "--kd_alpha=0.5", f"--final_mixture={mixture}")
+    assert losses(run) == losses(pair)
+    last = run.result["ensemble"][-1]
+    for point, other in zip(run.result["ensemble"], pair.result["ensemble"], strict=True):
+        assert {key: point[key] for key in other} == other
+        assert len(point["weights_ngram"]) == len(point["weights_learned"]) + 1
     for split in ("val", "holdout"):
-        assert run.result[f"{split}_loss"] == run.result["ensemble"][-1][f"{split}_loss_learned"]
-    assert run.result["val_loss"] != pair.result["val_loss"]
-    assert f"val loss {run.result['val_loss']:.4f} (learned" in run.console
+        assert run.result[f"{split}_loss"] == last[f"{split}_loss{suffix}"]
+        assert math.isfinite(run.result["ngram"][f"{split}_loss"])
+    assert len({last[f"val_loss{s}"] for s in ("", "_learned", "_ngram")}) == 3
+    assert f"val loss {run.result['val_loss']:.4f} ({mixture}" in run.console
+    header, = re.findall("^ n    member .*", run.console, re.M)
+    assert all(word in header for word in ("ensemble", "learned", "+ n-gram", "holdout"))
+    row, = re.findall("^ 2  .*", run.console, re.M)
+    assert row.split()[2:] == [f"{last[key]:.4f}" for key in (
+        "val_loss", "val_loss_learned", "val_loss_ngram", "holdout_loss")]
 
 
 def test_without_selection_a_run_still_ends(tmp_path):
-    run = train(tmp_path, "--selection_tokens=0", "--num_models=1")
+    run = train(tmp_path, "--selection_tokens=0", "--num_models=1", "--final_mixture=uniform")
+    assert run.result["val_loss"] == run.result["ensemble"][0]["val_loss"]
     assert "selection" not in saved_logps(run)[0]
     assert "val_loss_learned" not in run.result["ensemble"][0]
     assert re.search(r"5,000 tokens an epoch .* 0 for selection", run.console)
+
+
+def test_averages_that_a_short_run_never_takes(tmp_path):
+    """The moving average is of every 10th step; a member of fewer ends as its last weights."""
+    run, last = (train(tmp_path, f"--average={average}", "--train_tokens=1800", "--num_models=1",
+                       "--batch_rows=8") for average in ("ema", "last"))
+    assert run.steps[-1]["step"] < 10
+    assert losses(run) == losses(last)
+
+
+def test_masked_documents_train_and_sample(tmp_path):
+    run = train(tmp_path, "--document_mask=true", "--num_models=1")
+    assert run.steps[-1]["train_loss"] < run.steps[0]["train_loss"]
+    assert re.search(r"^member 1 writes", run.console, re.M)
 
 
 # ---- several processes ----
@@ -341,8 +376,10 @@ def assert_same_training(one, many):
 
 def test_limited_track_has_its_techniques_on(one_process):
     c, names = one_process.result["config"], weights(one_process, 1)
-    assert c["mtp_weight"] > 0 and c["loop_count"] > 1 and c["unet"]
-    assert "mtp_proj.weight" in names and "skip_lambdas" in names
+    assert c["mtp_weight"] > 0 and c["loop_count"] > 1 and c["unet"] and c["iha"]
+    assert c["meta_lr"] > 0 and c["sawtooth_epochs"] > 0 and c["average"] == "probs"
+    assert "mtp_proj.weight" in names and "skip_lambdas" in names and "blocks.0.attn.mix" in names
+    assert {m["average"] for m in one_process.result["members"]} == {"probs"}
     first, second = re.search(r"(\S+) then (\S+) FLOPs", one_process.console).groups()
     assert float(first) < float(second)
     assert set(kl(one_process, 1)) == {0} and min(kl(one_process, 2)) > 0
@@ -351,7 +388,7 @@ def test_limited_track_has_its_techniques_on(one_process):
 
 def test_two_processes_train_the_same_members(one_process, tmp_path):
     many = launch(tmp_path, 2, "--num_models=2", "--kd_alpha=0.5")
-    assert "on 2 process(es) in 1 micro-batch(es)" in many.console
+    assert "on 2 process(es) in 2 micro-batch(es) of 2 rows" in many.console
     assert many.result["processes"] == 2
     assert len(re.findall("^member 2/2 done", many.console, re.M)) == 1       # only rank 0 talks
     assert_same_training(one_process, many)
@@ -361,13 +398,14 @@ def test_two_processes_train_the_same_members(one_process, tmp_path):
 
 def test_two_processes_with_gradient_accumulation(one_process, tmp_path):
     many = launch(tmp_path, 2, "--num_models=1", "--device_batch_size=1")
-    assert "on 2 process(es) in 2 micro-batch(es)" in many.console
+    assert "on 2 process(es) in 4 micro-batch(es) of 1 rows" in many.console
     assert_same_training(one_process, many)
 
 
 def test_limited_track_alone(one_process, tmp_path):
     """One model, one process, accumulating; with dropout, as the track has it."""
-    run = launch(tmp_path, 1, "--device_batch_size=2", "--dropout=0.1", "--num_epochs=1")
+    run = launch(tmp_path, 1, "--device_batch_size=1", "--dropout=0.1", "--num_epochs=1",
+                 "--train_tokens=5000")
     assert "1 model(s)" in run.console and len(run.result["members"]) == 1
     assert math.isfinite(run.result["val_loss"])
     assert run.steps[-1]["train_loss"] < run.steps[0]["train_loss"]
@@ -392,6 +430,12 @@ def test_sample_continues_the_prompt(toy):
     assert text.strip().startswith("It was") and len(text.split()) > 20
 
 
+def test_gpt2_tokenizer_of_a_dataset_without_ranks(monkeypatch):
+    import tiktoken
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: f"the encoding {name}")
+    assert t.report.load_encoding(t, t.make_config("limited"), {}) == "the encoding gpt2"
+
+
 def test_sample_of_an_unknown_run(tmp_path):
     done = python(SCRIPT, "sample", "--run_id=nowhere", f"--runs_dir={tmp_path}")
     assert done.returncode == 2 and done.stdout == ""
@@ -413,6 +457,10 @@ def test_check_trains_nothing(arguments, tmp_path, capsys):
     assert t.main(["check", *arguments, f"--runs_dir={tmp_path / 'runs'}"]) == 0
     assert "sound" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_main_file_can_be_read_in_one_sitting():
+    assert len(Path(SCRIPT).read_text(encoding="utf-8").splitlines()) <= 1_600
 
 
 def test_importing_says_and_does_nothing(tmp_path):
@@ -508,8 +556,8 @@ def refused(arguments, runs, capsys):
     (["--dropout=nan"], ["--dropout=nan", "finite"]),
     (["--matrix_lr=inf"], ["--matrix_lr=inf", "finite"]),
     (["--weight_decay=-1"], ["--weight_decay=-1", "at least 0"]),
-    (["--num_layers=0"], ["--num_layers=0", "positive"]),
-    (["--num_models=-1"], ["--num_models=-1", "positive"]),
+    (["--num_layers=0"], ["--num_layers=0", "at least 1"]),
+    (["--num_models=-1"], ["--num_models=-1", "at least 1"]),
     (["--seed=-1"], ["--seed=-1", "at least 0"]),
     (["--dropout=1"], ["--dropout=1", "below 1"]),
     (["--kd_alpha=1.5"], ["--kd_alpha=1.5", "at most 1"]),
@@ -518,8 +566,24 @@ def refused(arguments, runs, capsys):
     (["--wd_schedule="], ["--wd_schedule=", "0:1,0.5"]),
     (["--wd_schedule=0:nan"], ["--wd_schedule=0:nan"]),
     (["--wd_schedule=0:-1"], ["--wd_schedule=0:-1"]),
+    (["--second_weight=0:x"], ["--second_weight=0:x", "0:1,0.5"]),
+    (["--third_weight=5"], ["--third_weight=5", "0:1,0.5"]),
     (["--final_mixture=best"], ["--final_mixture=best", "uniform, learned"]),
     (["--final_mixture=learned", "--selection_tokens=0"], ["--selection_tokens"]),
+    (["--final_mixture=ngram", "--ngram_order=0"], ["--final_mixture=ngram", "--ngram_order"]),
+    (["--ngram_order=5"], ["--ngram_order=5", "at most 4"]),
+    (["--average=best", "--selection_tokens=0", "--final_mixture=uniform"],
+     ["--average=best", "--selection_tokens"]),
+    (["--average=median"], ["--average=median", "last, ema, weights"]),
+    (["--proj_init=ones"], ["--proj_init=ones", "normal, zero"]),
+    (["--xsa=all"], ["--xsa=all", "(empty), fixed, learned"]),
+    (["--momentum=1"], ["--momentum=1", "below 1"]),
+    (["--window_schedule=abc"], ["--window_schedule=abc"]),
+    (["--window_schedule=0.5:0.5:1"], ["--window_schedule=0.5:0.5:1"]),
+    (["--meta_lr=0.5", "--meta_rows=3"], ["--batch_rows=8", "2 x 3 rows of --meta_rows", " 6"]),
+    (["--meta_lr=0.5", "--batch_rows=16", "--meta_rows=8", "--device_batch_size=3"],
+     ["--device_batch_size=3", "--meta_rows=8"]),
+    (["--edge_batch_rows=15"], ["--edge_batch_rows=15", " 16"]),
     (["--device=tpu"], ["--device=tpu", "cuda"]),
     (["--window_pattern=SXL"], ["--window_pattern=SXL"]),
     (["--loop_count=2", "--loop_end=4"], ["--loop_end=4", "0..3"]),
@@ -627,9 +691,11 @@ def with_token(path, index, value):
 def test_the_small_dataset_is_sound(dataset, capsys):
     assert t.main(["check", *TOY, *SMALL, f"--dataset={dataset}"]) == 0
     for split, held in {"train": 350, "selection": 50, "val": 200, "holdout": 200}.items():
-        data = t.load_dataset(t.make_config("cpu", preset="toy", dataset=str(dataset),
-                                            **dict(a[2:].split("=") for a in SMALL)))
+        c = t.make_config("cpu", preset="toy", **dict(a[2:].split("=") for a in SMALL))
+        data = t.load_dataset(dataset, c)
         assert sum(map(len, getattr(data, split))) == held
+    assert data.evaluated() == {
+        "selection": data.selection, "val": data.val, "holdout": data.holdout}
 
 
 @pytest.mark.parametrize("split", ["train", "val", "holdout"])

@@ -52,8 +52,8 @@ def documents(encoding):
 @pytest.mark.parametrize("key", SPLITS)
 def test_shard_is_what_meta_says(key, documents):
     path, entry = FOLDER / f"sample_{key}.bin", META["splits"][key]
-    tokens, vocab_size, bos_id = read_shard(path)
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"]
+    tokens, vocab_size, bos_id, sha256 = read_shard(path)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"] == sha256
     assert (vocab_size, bos_id) == (META["vocab_size"], META["bos_id"]) == (2048, 2047)
     assert len(tokens) == entry["tokens"] and int(tokens.max()) < 2048
     assert len(documents[key]) == entry["documents"]

@@ -1,0 +1,187 @@
+"""What each technique is worth: records/ABLATIONS.md, made from runs of the `cpu` track.
+
+    python records/ablate.py                    run what is missing, then write the table
+    python records/ablate.py --jobs=2           two runs side by side, one thread each
+    python records/ablate.py --only=xsa,iha     runs of some rows only, no table
+    python records/ablate.py --write            no runs, only the table
+
+Each row flips one technique from the track's settings: off if the track has it, else on. A run is
+one member (or, with --ensemble, the whole job) for each of 3 seeds; a difference is paired by seed,
+on minus off. Finished runs are kept in runs/ablations and never repeated. Choices are made on the
+column `selection`; val is shown beside it.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "runs" / "ablations"
+TABLE = ROOT / "records" / "ABLATIONS.md"
+SEEDS = (1, 2, 3)
+
+# name: (fields when off, fields when on, the change of val loss that its authors measured)
+TECHNIQUES = {
+    "nesterov momentum warmup": ("momentum_steps=0", "momentum_steps=100", "in all tracks"),
+    "MuonEq-R": ("muon_eq=false", "muon_eq=true", "-0.003 (#71)"),
+    "NorMuon": ("normuon_beta2=0", "normuon_beta2=0.95", ""),
+    "cautious weight decay": ("cautious=false", "cautious=true", ""),
+    "weight decay": ("weight_decay=0.1", "weight_decay=1.0", ""),
+    "gradient clipping": ("grad_clip=0", "grad_clip=1", ""),
+    "sawtooth lr, probabilities of 3 epochs": (
+        "sawtooth_epochs=0 average=last", "sawtooth_epochs=3 average=probs average_epochs=3",
+        "-0.012 (#56), -0.004 (#50)"),
+    "anti-phase weight decay": ("wd_schedule=0:1", "wd_schedule=0:1,0.4:1,1:0.65", "-0.009 (#82)"),
+    "SwiGLU": ("swiglu=false", "swiglu=true", "-0.014"),
+    "residual lambdas": ("resid_init=0", "resid_init=1", ""),
+    "x0 lambdas": ("x0_init=0", "x0_init=0.1", ""),
+    "U-Net skips": ("unet=false", "unet=true", "-0.021 (#17)"),
+    "value projections": ("value_projections=false", "value_projections=true", "-0.027 (#11)"),
+    "attention gate": ("attn_gate=false", "attn_gate=true", "-0.019 (#21)"),
+    "QK norm": ("qk_norm=false", "qk_norm=true", ""),
+    "sliding windows SSSL": ("window_pattern=L", "window_pattern=SSSL", ""),
+    "half RoPE and key offset": (
+        "rope_fraction=1 key_offset=false", "rope_fraction=0.5 key_offset=true", "-0.009 (#29)"),
+    "XSA, fixed": ("xsa=", "xsa=fixed", "-0.002 (#36)"),
+    "XSA, learned": ("xsa=", "xsa=learned", "-0.003 (#91)"),
+    "IHA": ("iha=false", "iha=true", "-0.008 (#69)"),
+    "layers 1-2 looped twice": (
+        "loop_count=1", "loop_start=1 loop_end=2 loop_count=2 loop_from_epoch=4", "-0.010 (#34)"),
+    "full recurrence": ("recurrence_from=0", "recurrence_from=0.7", "-0.005 (#92)"),
+    "window schedule with YaRN": (
+        "window_schedule=", "window_schedule=0:0.25:0.5,0.5:0.5:1", "-0.006 (#86)"),
+    "softcap": ("softcap=0", "softcap=15", ""),
+    "proj init normal": ("proj_init=zero", "proj_init=normal", "-0.007 (#59)"),
+    "proj init depth": ("proj_init=normal", "proj_init=depth", "0.000 (#59)"),
+    "proj init uniform": ("proj_init=normal", "proj_init=uniform", "+0.003 (#59)"),
+    "proj init xavier": ("proj_init=normal", "proj_init=xavier", "+0.003 (#59)"),
+    "proj init small": ("proj_init=normal", "proj_init=small", "+0.003 (#59)"),
+    "dropout": ("dropout=0", "dropout=0.1", ""),
+    "stochastic depth": ("stochastic_depth=0", "stochastic_depth=0.05", "-0.003 (#62)"),
+    "MTP block": ("mtp_weight=0", "mtp_weight=0.3", "-0.005 (#65)"),
+    "three targets on one head": (
+        "second_weight= third_weight=",
+        "second_weight=0:0.5,0.33:0.5,0.66:0 third_weight=0:0.25,0.33:0", "-0.014 (#93)"),
+    "meta-gradient": (
+        "meta_lr=0", "meta_lr=0.5 meta_rows=4 meta_decay=true device_batch_size=4",
+        "-0.012 (#98)"),
+    "EMA": ("average=last", "average=ema", "-0.012 (#43)"),
+    "weights of 3 epochs": ("average=last", "average=weights average_epochs=3", ""),
+    "random token replacement": ("token_noise=0", "token_noise=0.05", "arXiv 2606.16246"),
+    "masked-input loss": ("masked_weight=0", "masked_weight=0.5", "arXiv 2606.06888"),
+    "document masks": ("document_mask=false", "document_mask=true", "-0.009 (#67)"),
+    "data subset of 80 %": ("subset_fraction=1", "subset_fraction=0.8", ""),
+}
+
+
+def run_name(flags, seed, ensemble):
+    words = "_".join(flags.replace("=", "-").replace(":", ".").replace(",", ".").split())
+    return f"{'ensemble' if ensemble else 'member'}_{words or 'base'}_seed{seed}"
+
+
+def train(job):
+    """Run the job (flags, seed, ensemble) unless it is done; its result, or None if it failed."""
+    flags, seed, ensemble, threads = job
+    folder = RUNS / run_name(flags, seed, ensemble)
+    if not (folder / "result.json").exists():
+        command = [sys.executable, str(ROOT / "train_gpt.py"), "--track=cpu", f"--seed={seed}",
+                   f"--runs_dir={RUNS.relative_to(ROOT)}", f"--run_id={folder.name}",
+                   *([] if ensemble else ["--num_models=1"]), *(f"--{f}" for f in flags.split())]
+        for old in folder.glob("*.*"):          # of a run that was stopped
+            old.unlink()
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={
+            **os.environ, "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0"})
+        if done.returncode:
+            print(f"{folder.name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            return None
+        print(folder.name, flush=True)
+    return json.loads((folder / "result.json").read_text())
+
+
+def losses(result, ensemble):
+    """(selection, val) of a run: its only member's, or the ensemble's learned mixture."""
+    if ensemble:
+        return result["ensemble"][-1]["selection_loss"], result["val_loss"]
+    return result["members"][0]["selection_loss"], result["members"][0]["val_loss"]
+
+
+def is_on(flags, settings):
+    """Whether the track's settings have all of `flags`."""
+    from train_gpt import make_config
+    changed = make_config("cpu", **dict(flag.split("=", 1) for flag in flags.split()))
+    return changed == settings
+
+
+def main():
+    sys.path.insert(0, str(ROOT))
+    from train_gpt import make_config
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--only", default="", help="names of rows, or parts of them")
+    parser.add_argument("--ensemble", action="store_true", help="whole jobs instead of one member")
+    parser.add_argument("--write", action="store_true", help="only write the table")
+    args = parser.parse_args()
+    settings, rows = make_config("cpu"), []
+    wanted = [part.lower() for part in args.only.split(",") if part]
+    for name, (off, on, public) in TECHNIQUES.items():
+        if not wanted or any(part in name.lower() for part in wanted):
+            flipped = off if is_on(on, settings) else on
+            rows.append((name, flipped, flipped == on, public))
+    if not args.write:
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        jobs = [(flags, seed, args.ensemble, threads)
+                for flags in ("", *(row[1] for row in rows)) for seed in SEEDS]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(train, jobs))
+    if not wanted:
+        TABLE.write_text(table(rows), encoding="utf-8")
+
+
+INTRODUCTION = """# Ablations on the `cpu` track
+
+Made by `python records/ablate.py` and `python records/ablate.py --ensemble`. Each row flips one
+technique; a difference is the loss with it minus the loss without it (negative: it helps), the mean
+over seeds, paired, and its standard error. One member of 8 epochs, or the learned mixture of the
+whole job. Settings are chosen on `selection`. The last column is what the public project measured
+at 100M tokens.
+"""
+
+
+def difference(name_flags, flipped_on, ensemble):
+    """"-0.0123 ± 0.0010" for selection and val, on minus off, and the number of seeds, or None."""
+    pairs = []
+    for seed in SEEDS:
+        results = [RUNS / run_name(flags, seed, ensemble) / "result.json"
+                   for flags in ("", name_flags)]
+        if all(path.exists() for path in results):
+            base, flipped = (losses(json.loads(p.read_text()), ensemble) for p in results)
+            pairs.append(np.subtract(flipped, base) * (1 if flipped_on else -1))
+    if not pairs:
+        return None
+    mean = np.mean(pairs, axis=0)
+    error = np.std(pairs, axis=0, ddof=1) / len(pairs) ** 0.5 if len(pairs) > 1 else [np.nan] * 2
+    return [f"{m:+.4f} ± {e:.4f}" for m, e in zip(mean, error)], len(pairs)
+
+
+def table(rows):
+    lines = [INTRODUCTION, "| technique | flipped by | in the track | member, selection |"
+             " member, val | seeds | ensemble, selection | ensemble, val | seeds | public |",
+             "|-|-|-|-|-|-|-|-|-|-|"]
+    for name, flags, flipped_on, public in rows:
+        cells = []
+        for ensemble in (False, True):
+            found = difference(flags, flipped_on, ensemble)
+            cells += [*found[0], str(found[1])] if found else ["not run"] * 2 + ["0"]
+        shown = " ".join(f"`--{flag}`" for flag in flags.split())
+        lines.append(f"| {name} | {shown} | {'no' if flipped_on else 'yes'} | "
+                     + " | ".join(cells) + f" | {public} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
