@@ -1262,3 +1262,19 @@ def test_run_with_techniques_of_no_public_track(changes, tmp_path):
     if result["config"]["final_mixture"] == "ngram":
         assert result["val_loss"] == result["ensemble"][-1]["val_loss_ngram"]
         assert result["ngram"]["val_loss"] > result["val_loss"]
+
+
+# ==== Members averaged in logits, for comparison ================================================
+def test_logit_average_against_a_loop():
+    from records.logit_average import logit_average
+    models = [random_model(config(), seed=seed) for seed in (1, 2, 3)]
+    tokens = random_tokens(models[0].config, 2, 9)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    for model in models:
+        model.prepare(8)
+    ours = logit_average(models, inputs, targets)
+    for row in range(2):
+        for i in range(8):
+            z = np.mean([m.logits(m(inputs))[row, i].detach().numpy() for m in models], axis=0)
+            expected = z[targets[row, i]] - np.log(np.exp(z).sum())
+            assert ours[row, i].item() == pytest.approx(expected, rel=1e-9)

@@ -1,0 +1,50 @@
+"""Val loss of a finished run's members averaged in logits, beside their mixture of probabilities.
+
+    python records/logit_average.py runs/ID
+
+For comparison only: the average of logits needs all members at once, and the public project found
+it worse by 0.011 (slowrun #55). The members are those of the run's ensemble, with equal weights.
+"""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@torch.no_grad()
+def logit_average(models, inputs, targets):
+    """log p(target) [B, T] of softmax(mean of the models' softcapped logits)."""
+    logits = sum(model.logits(model(inputs)).double() for model in models) / len(models)
+    return torch.log_softmax(logits, dim=-1).gather(2, targets.unsqueeze(2)).squeeze(2)
+
+
+def main(folder):
+    sys.path.insert(0, str(ROOT))
+    import train_gpt as t
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    c = t.Config(**result["config"])
+    rt, data = t.start_runtime(c), t.load_dataset(ROOT / c.dataset, c)
+    models = []
+    for point in result["ensemble"]:
+        with rt.device:
+            model = t.GPT(c, rt.dtype, rt.attention).prepare(c.seq_len).eval()
+        weights = load_file(folder / "members" / f"{point['member']:03d}.safetensors")
+        model.load_state_dict(weights)
+        model.bos = data.bos
+        models.append(model)
+    tokens = torch.from_numpy(np.concatenate(data.val).astype(np.int64))
+    count = (len(tokens) - 1) // c.seq_len * c.seq_len      # whole rows
+    inputs, targets = tokens[:count].view(-1, c.seq_len), tokens[1:count + 1].view(-1, c.seq_len)
+    parts = [logit_average(models, x.to(rt.device), y.to(rt.device)) for x, y in zip(
+        inputs.split(c.device_batch_size), targets.split(c.device_batch_size))]
+    print(f"{len(models)} members, val: average of logits {-float(torch.cat(parts).mean()):.4f},"
+          f" mixture of probabilities {result['ensemble'][-1]['val_loss']:.4f}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
