@@ -51,7 +51,9 @@ case "$command" in
     train|baseline) ;;
     *) exec $python train_gpt.py "$command" "$@" ;;
 esac
-processes=$((gpus > 1 ? gpus : 1))
+processes=1     # the batch is shared out evenly over a power of two
+while [ $((2 * processes)) -le "$gpus" ]; do processes=$((2 * processes)); done
+[ "$processes" -ge "$gpus" ] || echo "using $processes of $gpus GPUs"
 if ! message=$(WORLD_SIZE=$processes $python train_gpt.py check "$@" 2>&1); then
     fetch=(data/fineweb.py)
     [ "$track" != mini ] || fetch+=(--tokens=48_000_000)  # room for a baseline of 12 times its 4M

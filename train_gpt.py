@@ -19,7 +19,6 @@ This file is read from top to bottom and has at most 1,600 lines. Beside it stan
 which reads token shards, data/ngram.py and records/report.py, which writes log and result.
 """
 import contextlib
-import difflib
 import json
 import math
 import os
@@ -94,7 +93,7 @@ class Config:
     num_chains: int = opt(1, "independent chains of num_models members, one ensemble of all")
     subset_fraction: float = opt(1.0, "part of the documents that a member sees")
     include_first: bool = opt(True, "keep the first, undistilled member in the ensemble")
-    ngram_order: int = opt(0, "order, 1 to 4, of a count-based member; 0: none", least=0)
+    ngram_order: int = opt(0, "order, to 4, of an n-gram member; 0: none", least=0, below=5)
     final_mixture: str = opt("uniform", "mixture that is the declared result",
                              "uniform", "learned", "ngram")
     mixture_size: int = opt(0, "members kept in the learned mixture, the heaviest; 0: all", least=0)
@@ -250,23 +249,15 @@ PRESETS = {
 }
 
 
-def known(name, names, kind):
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else "there are: " + ", ".join(sorted(names))
-        raise UserError(f"unknown {kind} {name!r}; {hint}")
-    return name
-
-
 def make_config(track="cpu", **overrides):
     """The Config of `track` with `overrides` (values, or their text). UserError if unsound."""
     types = {f.name: type(f.default) for f in fields(Config)}
-    limits, changes = PRESETS[known(overrides.get("preset", ""), PRESETS, "preset")]
-    values = {**TRACKS[known(track, TRACKS, "track")], **changes}
+    limits, changes = PRESETS[report.known(overrides.get("preset", ""), PRESETS, "preset")]
+    values = {**TRACKS[report.known(track, TRACKS, "track")], **changes}
     for name, limit in limits.items():
         values[name] = min(limit, values.get(name, getattr(Config, name)))
     for name, value in overrides.items():
-        kind = types[known(name, types, "field")]
+        kind = types[report.known(name, types, "field")]
         if isinstance(value, str) and kind is not str:
             try:
                 value = kind(value) if kind is not bool else {
@@ -289,6 +280,8 @@ def check_config(c):
         v, rule = getattr(c, f.name), f.metadata
         is_number = type(v) in (int, float)
         problems += [
+            (type(v) is not type(f.default) and not (type(v) is int and type(f.default) is float),
+             f"--{f.name}={v}: must be of type {type(f.default).__name__}"),
             (is_number and not math.isfinite(v), f"--{f.name}={v}: must be a finite number"),
             (is_number and v < rule["least"], f"--{f.name}={v}: must be at least {rule['least']}"),
             (is_number and v >= rule["below"], f"--{f.name}={v}: must be below {rule['below']:g}"),
@@ -314,7 +307,8 @@ def check_config(c):
          f"--final_mixture={c.final_mixture} needs --selection_tokens"),
         (c.final_mixture == "ngram" and not c.ngram_order,
          "--final_mixture=ngram needs --ngram_order"),
-        (c.ngram_order > 4, f"--ngram_order={c.ngram_order}: must be at most 4"),
+        (c.ngram_order and c.vocab_size > 1 << 16, "--ngram_order: tokens must be below 65,536"),
+        (c.eval_tokens == 1, "--eval_tokens=1: nothing is predicted; at least 2, or 0 for all"),
         (c.average == "best" and not c.selection_tokens, "--average=best needs --selection_tokens"),
         (not re.fullmatch(r"([A-Za-z0-9][\w.\-]*)?", c.run_id),
          f"--run_id={c.run_id}: letters, digits, '.', '_' and '-' only, and no path")]
@@ -323,7 +317,9 @@ def check_config(c):
         if getattr(c, name) or name == "wd_schedule":
             parse_schedule(getattr(c, name), name)
     if c.window_schedule:
-        parse_schedule(c.window_schedule, "window_schedule", "0:0.25:0.5,0.5:0.5:1")
+        growth = parse_schedule(c.window_schedule, "window_schedule", "0:0.25:0.5,0.5:0.5:1")
+        refuse([(not all(0 < part <= 1 for _, *parts in growth for part in parts),
+                 f"--window_schedule={c.window_schedule}: windows are parts of a row, 0 to 1")])
 
 
 def parse_schedule(text, name="schedule", example="0:1,0.5:0.1,1:0.9"):
@@ -337,26 +333,6 @@ def parse_schedule(text, name="schedule", example="0:1,0.5:0.1,1:0.9"):
         math.isfinite(n) and n >= 0 for n in point) for point in points),
         f"--{name}={text}: must read like {example}")])
     return points
-
-
-def parse_arguments(argv):
-    """["--field=value", ...] -> {field: text of the value}."""
-    pairs = [argument.removeprefix("--").partition("=") for argument in argv]
-    refuse([(not argument.startswith("--") or not equals,
-             f"{argument!r} is not --field=value (--help lists the fields)")
-            for argument, (_, equals, _) in zip(argv, pairs)])
-    return {name: text for name, _, text in pairs}
-
-
-def help_text():
-    lines = [__doc__, "Fields (--field=value), with the default of no track:", ""]
-    for f in fields(Config):
-        choices = ", ".join(choice or "(empty)" for choice in f.metadata["choices"])
-        lines.append(f"  --{f.name}={f.default}".ljust(34) + " " + f.metadata["help"]
-                     + (f" ({choices})" if choices else ""))
-    for track, changes in TRACKS.items():
-        lines.append(f"\nTrack {track}: " + " ".join(f"{k}={v}" for k, v in changes.items()))
-    return "\n".join(lines)
 
 
 # ==== Runtime: processes, device, dtype, log ====================================================
@@ -411,9 +387,11 @@ def start_runtime(c):
     if kind == "auto":
         kind = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
-    refuse([(kind == "cuda" and local_rank >= torch.cuda.device_count(),
+    refuse([(kind == "cuda" and local_world > torch.cuda.device_count(),
              f"--device=cuda: {local_world} process(es), {torch.cuda.device_count()} GPU(s) here;"
-             " lower --nproc_per_node or use --device=cpu")])
+             " lower --nproc_per_node or use --device=cpu"),
+            (kind == "mps" and (world > 1 or not torch.backends.mps.is_available()),
+             "--device=mps: not here, or not for several processes; use --device=cpu")])
     device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -424,7 +402,7 @@ def start_runtime(c):
         torch.set_num_threads(max(1, torch.get_num_threads() if local_world == 1 else
                                   os.cpu_count() // local_world))   # they share the cores
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     dtype = getattr(torch, c.dtype if c.dtype != "auto" else
                     "bfloat16" if fast_bf16 else "float32")
     compiles = c.compile and (kind == "cuda" or kind == "cpu" and any(
@@ -435,13 +413,17 @@ def start_runtime(c):
     attention = choose_attention(device, dtype, compiles, notes) if not c.document_mask else "sdpa"
     rt = Runtime(rank, world, device, dtype, attention, compiles, notes, tuple(range(c.num_chains)),
                  rank == 0)
-    if world > 1 and c.num_chains > 1:
-        refuse([(world % c.num_chains, f"--num_chains={c.num_chains} does not divide {world}"
-                 " processes; use a multiple of it, or one process")])
-        mesh = dist.init_device_mesh(kind, (c.num_chains, world // c.num_chains))
-        rt.world, rt.group, rt.across = world // c.num_chains, mesh.get_group(1), mesh.get_group(0)
+    rt.world = chain_processes(c, world)
+    if rt.world < world:
+        mesh = dist.init_device_mesh(kind, (c.num_chains, rt.world))
+        rt.group, rt.across = mesh.get_group(1), mesh.get_group(0)
         rt.rank, rt.chains = rank % rt.world, (rank // rt.world,)
     return rt
+
+
+def chain_processes(c, world):
+    """Processes that train one chain; all, one chain after the other, if they cannot be split."""
+    return world if world % c.num_chains else world // c.num_chains
 
 
 def choose_attention(device, dtype, compiles, notes):
@@ -527,7 +509,7 @@ def stages(c):
     loop_from = c.loop_from_epoch / c.num_epochs if c.loop_count > 1 else 0.0
     starts = {0.0, loop_from, c.recurrence_from, *(start for start, _, _ in growth)}
     result = []
-    for start in sorted(starts):
+    for start in sorted(start for start in starts if start < 1):
         short, long = [entry[1:] for entry in growth if entry[0] <= start][-1]
         sizes = [round(entry[2] * c.seq_len) for entry in growth if entry[0] <= start]
         result.append(Stage(
@@ -590,29 +572,29 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-class Sight(NamedTuple):
+class AttentionSpec(NamedTuple):
     """What a layer's attention knows of positions: made by GPT.prepare."""
     window: int                 # keys that a query sees, itself included
     mask: object                # of make_mask
     rope: tuple | None          # cos, sin [T, 1, Dh/2]
-    still: object               # bool [Dh]: key channels taken from the token before, or None
+    from_before: object         # bool [Dh]: key channels taken from the token before, or None
     scale: float                # of the products of queries and keys
     path: str                   # "fa3", "flex" or "sdpa"
 
 
-def attend(q, k, v, sight):
+def attend(q, k, v, spec):
     """Causal attention, q, k, v [B, T, H, Dh] -> [B, T, H, Dh]."""
-    if sight.path == "fa3":
+    if spec.path == "fa3":
         from flash_attn_interface import flash_attn_func
-        y = flash_attn_func(q, k, v, causal=True, window_size=(sight.window - 1, 0),
-                            softmax_scale=sight.scale)
+        y = flash_attn_func(q, k, v, causal=True, window_size=(spec.window - 1, 0),
+                            softmax_scale=spec.scale)
         return y[0] if isinstance(y, tuple) else y
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if sight.path == "flex":
-        y = flex_attention(q, k, v, block_mask=sight.mask, scale=sight.scale)
+    if spec.path == "flex":
+        y = flex_attention(q, k, v, block_mask=spec.mask, scale=spec.scale)
     else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=sight.mask, scale=sight.scale,
-                                           is_causal=sight.mask is None)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=spec.mask, scale=spec.scale,
+                                           is_causal=spec.mask is None)
     return y.transpose(1, 2)
 
 
@@ -651,19 +633,19 @@ class Attention(nn.Module):
             weights = [(m @ w.view(self.heads, -1)).view(D, D) for m, w in zip(self.mix, weights)]
         return (F.linear(x, w.to(x.dtype)).view(B, T, self.heads, -1) for w in weights)
 
-    def forward(self, x, value, sight):
+    def forward(self, x, value, spec):
         B, T, D = x.shape
         q, k, v = self.project(x)
         if self.value_gate is not None:  # the gate starts at 1 (slowrun #11: -0.027)
             gate = 2 * torch.sigmoid(self.value_gate(x[..., :VALUE_GATE_CHANNELS]))
             v = v + gate.unsqueeze(-1) * value.view(B, T, self.heads, -1)
-        if sight.rope is not None:
-            q, k = rotate(q, *sight.rope), rotate(k, *sight.rope)
+        if spec.rope is not None:
+            q, k = rotate(q, *spec.rope), rotate(k, *spec.rope)
         if self.qk_norm:
             q, k = norm(q), norm(k)
-        if sight.still is not None:      # keys of the token before (modded-nanogpt)
-            k = torch.where(sight.still, torch.cat((k[:, :1], k[:, :-1]), dim=1), k)
-        y = attend(q, k, v, sight)
+        if spec.from_before is not None:    # keys of the token before (modded-nanogpt)
+            k = torch.where(spec.from_before, torch.cat((k[:, :1], k[:, :-1]), dim=1), k)
+        y = attend(q, k, v, spec)
         if self.xsa_kind:                # exclusive self-attention: less of the token's own value
             own = v / v.norm(dim=-1, keepdim=True).clamp(min=1e-4)
             part = torch.tanh(self.xsa).view(-1, 1).to(y.dtype) if self.xsa is not None else 1.0
@@ -693,8 +675,8 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(c, has_value_projection), MLP(c)
         self.dropout, self.mlp_dropout = c.dropout, c.dropout if c.mlp_dropout else 0.0
 
-    def forward(self, x, value, sight):
-        y = self.attn(norm(x), value, sight)
+    def forward(self, x, value, spec):
+        y = self.attn(norm(x), value, spec)
         x = x + F.dropout(y, self.dropout, self.training)
         return x + F.dropout(self.mlp(norm(x)), self.mlp_dropout, self.training)
 
@@ -722,7 +704,8 @@ class GPT(nn.Module):
             c.unet and c.num_layers > 1) else None
         self.mtp_proj = Linear(2 * c.model_dim, c.model_dim) if c.mtp_weight else None
         self.mtp_block = Block(c, False) if c.mtp_weight else None
-        self.stage, self.sights, self.bos = None, {}, None
+        self.bos = None             # of the dataset: for document masks
+        self.prepare(c.seq_len)
 
     @torch.no_grad()
     def init_weights(self, seed):
@@ -759,20 +742,20 @@ class GPT(nn.Module):
         c, device = self.config, self.wte.weight.device
         self.stage = stage = stage or stages(c)[-1]
         width = c.model_dim // c.num_heads
-        turning = max(1, round(width // 2 * c.rope_fraction))
-        frequency = c.rope_base ** (-torch.arange(turning, device=device) / turning)
+        rotating = max(1, round(width // 2 * c.rope_fraction))
+        frequency = c.rope_base ** (-torch.arange(rotating, device=device) / rotating)
         frequency, factor = yarn(frequency, stage.yarn)
-        frequency = F.pad(frequency, (0, width // 2 - turning))     # the other pairs stand still
+        frequency = F.pad(frequency, (0, width // 2 - rotating))     # the other pairs stand still
         angle = torch.arange(length, device=device)[:, None, None] * frequency      # [T, 1, Dh/2]
         rope = (angle.cos().to(self.dtype), angle.sin().to(self.dtype)) if c.rope_base else None
-        still = (torch.arange(width, device=device) % (width // 2) >= turning)
-        self.sights = {window: Sight(
+        from_before = (torch.arange(width, device=device) % (width // 2) >= rotating)
+        self.specs = {window: AttentionSpec(
             window, make_mask(window, length, device, self.attention), rope,
-            still if c.key_offset and window == max(stage.windows) else None,
+            from_before if c.key_offset and window == max(stage.windows) else None,
             factor * width ** -0.5, self.attention) for window in {*stage.windows, c.seq_len}}
         return self
 
-    def trunk(self, x, x0, sights):
+    def trunk(self, x, x0, specs):
         """One pass through the layers. x, x0 [B, T, D]"""
         c, skips = self.config, {}
         half, deepest = c.num_layers // 2, max(1, c.num_layers - 1)
@@ -785,7 +768,7 @@ class GPT(nn.Module):
             if self.x0_lambdas is not None:
                 x = x + self.x0_lambdas[i] * x0
             value = self.value_projs[str(i)](x0) if str(i) in self.value_projs else None
-            y = self.blocks[i](x, value, sights[self.stage.windows[i]])
+            y = self.blocks[i](x, value, specs[self.stage.windows[i]])
             if self.training and c.stochastic_depth * i:         # slowrun #62: -0.003
                 kept = torch.rand((), device=x.device) >= c.stochastic_depth * i / deepest
                 y = torch.where(kept, y, x)
@@ -800,23 +783,23 @@ class GPT(nn.Module):
         A token of -1 is masked: it has no embedding.
         """
         x0 = norm(self.wte(tokens.clamp(min=0)).to(self.dtype)) * (tokens >= 0).unsqueeze(-1)
-        sights, x = self.seen_in(tokens), x0
+        specs, x = self.specs_for(tokens), x0
         if self.stage.passes > 1:       # full recurrence (slowrun #92: -0.005)
             with torch.no_grad():
-                x = norm(self.trunk(x, x0, sights))
-        return norm(self.trunk(x, x0, sights))
+                x = norm(self.trunk(x, x0, specs))
+        return norm(self.trunk(x, x0, specs))
 
-    def seen_in(self, tokens):
-        """self.sights, with document masks if they are wanted."""
+    def specs_for(self, tokens):
+        """self.specs, with document masks if they are wanted."""
         if not self.config.document_mask:
-            return self.sights
+            return self.specs
         document = (tokens == self.bos).cumsum(dim=1)
         same = (document[:, None, :, None] == document[:, None, None, :]).tril()    # [B, 1, T, T]
         inside = (tokens != self.bos)[:, :, None, None]     # a BOS has no token before
-        return {window: sight._replace(
-            mask=same if sight.mask is None else same & sight.mask,
-            still=None if sight.still is None else sight.still & inside)
-            for window, sight in self.sights.items()}
+        return {window: spec._replace(
+            mask=same if spec.mask is None else same & spec.mask,
+            from_before=None if spec.from_before is None else spec.from_before & inside)
+            for window, spec in self.specs.items()}
 
     def mtp_hidden(self, hidden, tokens, next_tokens):
         """Hidden states that predict the token after next (DeepSeek's MTP). [B, T, D]
@@ -825,7 +808,7 @@ class GPT(nn.Module):
         """
         following = norm(self.wte(next_tokens).to(self.dtype))
         x = self.mtp_proj(torch.cat((hidden, following), dim=-1))
-        return norm(self.mtp_block(x, None, self.seen_in(tokens)[self.config.seq_len]))
+        return norm(self.mtp_block(x, None, self.specs_for(tokens)[self.config.seq_len]))
 
     def logits(self, hidden):
         """[..., D] -> softcapped fp32 logits [..., vocab_size]; the padding is not among them."""
@@ -1151,15 +1134,17 @@ def mean_loss(logp):
 
 
 def mixture_logp(logps, weights=None):
-    """log p(target) of a mixture of models: [k, n] and weights [k] (None: equal) -> fp64 [n].
+    """log p(target) of a mixture of models: k arrays [n], weights [k] (None: equal) -> fp64 [n].
 
     A target's probability under a mixture is the mixture of its probabilities, so one float a token
     and member is all that an ensemble's loss takes.
     """
-    logps = np.asarray(logps, dtype=np.float64)
     weights = np.full(len(logps), 1 / len(logps)) if weights is None else np.asarray(weights)
-    top = logps.max(axis=0)
-    return top + np.log(weights @ np.exp(logps - top))
+    total = np.full(len(logps[0]), -np.inf)
+    for weight, logp in zip(weights, logps):
+        if weight > 0:
+            np.logaddexp(total, math.log(weight) + np.asarray(logp, np.float64), out=total)
+    return total
 
 
 def fit_mixture(logps, iterations=3000, tolerance=1e-5):
@@ -1205,11 +1190,12 @@ def ensemble_curve(members, c, ngram=None):
     count-based member. Beyond 16 members weights are fitted for powers of two and all only.
     """
     kept, numbers = kept_members(members, c), kept_members(range(1, len(members) + 1), c)
-    curve = []
-    for n in range(1, len(kept) + 1):
+    curve, sums = [], {}
+    for n, member in enumerate(kept, 1):
         some, point = kept[:n], {"n": n, "member": numbers[n - 1]}
-        for split in some[0]:
-            point[f"{split}_loss"] = mean_loss(mixture_logp([m[split] for m in some]))
+        for split, logp in member.items():
+            sums[split] = np.logaddexp(sums.get(split, -np.inf), logp.astype(np.float64))
+            point[f"{split}_loss"] = mean_loss(sums[split]) + math.log(n)
         if "selection" in some[0] and (n <= 16 or n == len(kept) or n & (n - 1) == 0):
             for name, mixed in ("learned", some), ("ngram", [*some, ngram] if ngram else None):
                 if mixed:
@@ -1259,6 +1245,8 @@ class Averages:
 
     def finish(self, score):
         """(name, {split: log p(target)}) of the choice, whose weights the model gets."""
+        if self.names == ["last"]:
+            return "last", score()
         last, options = {k: p.clone() for k, p in self.params.items()}, {}
         for name in self.names:
             mass, sums = self.sums.get(name, (1.0, last))
@@ -1283,23 +1271,28 @@ class Trainer:
     def __init__(self, c, rt, log, data):
         self.c, self.rt, self.log, self.data = c, rt, log, data
         self.model = self.new_model()
-        self.teacher = self.new_model().eval() if c.kd_alpha else None
+        self.teacher = self.new_model().to(rt.dtype).eval().requires_grad_(False) if (
+            c.kd_alpha) else None
         fast = (lambda f: torch.compile(f, dynamic=False)) if rt.compile else (lambda f: f)
         self.forward, self.mtp_hidden = fast(GPT.forward), fast(GPT.mtp_hidden)
         self.chunk_function, self.logprobs = fast(loss_chunk), fast(target_logprobs)
         self.seen, self.compile_seconds, self.eval_seconds = set(), 0.0, 0.0
         self.optimizer, self.start = None, time.perf_counter()
+        self.one = torch.ones(1, device=rt.device)
 
     def new_model(self):
         with self.rt.device:
-            model = GPT(self.c, self.rt.dtype, self.rt.attention).prepare(self.c.seq_len)
+            model = GPT(self.c, self.rt.dtype, self.rt.attention)
         model.bos = self.data.bos
         return model
 
     @contextlib.contextmanager
     def first_time(self, *key):
         """Clocks what runs under a new key as compilation; yields whether the key is new."""
-        new, start = self.rt.compile and key not in self.seen, time.perf_counter()
+        new = self.rt.compile and key not in self.seen
+        if new:
+            self.rt.synchronize()
+        start = time.perf_counter()
         yield new
         if new:
             self.seen.add(key)
@@ -1312,11 +1305,11 @@ class Trainer:
         if teacher is not None:
             teacher = teacher.flatten(0, 1)
             teacher_weight = self.teacher.head.weight.to(self.rt.dtype)
-        weights = torch.ones(1) if target_weights is None else torch.tensor(target_weights)
+        weights = self.one if target_weights is None else target_weights
         return ChunkedLoss.apply(
-            hidden.flatten(0, 1), self.model.head.weight, targets.flatten(0, 1),
-            weights.to(hidden.device), teacher, teacher_weight, alpha, c.kd_temperature, c.softcap,
-            c.vocab_size, c.loss_chunk, self.chunk_function)
+            hidden.flatten(0, 1), self.model.head.weight, targets.flatten(0, 1), weights, teacher,
+            teacher_weight, alpha, c.kd_temperature, c.softcap, c.vocab_size, c.loss_chunk,
+            self.chunk_function)
 
     def backward(self, inputs, targets, counts, progress, distill):
         """Backward passes of some rows; returns the sums [ce, kl].
@@ -1327,27 +1320,28 @@ class Trainer:
         alpha, sums = c.kd_alpha if distill else 0.0, torch.zeros(2, device=rt.device)
         schedules = (c.second_weight, c.third_weight)           # of the 2nd and 3rd next token
         later = [piecewise_linear(s or "0:0", progress) for s in schedules if any(schedules)]
+        weights = torch.tensor([1.0, *later]).to(rt.device) if later else self.one
         micro = micro_batch_rows(c, rt.world)
-        for x, y in zip(inputs.split(micro), targets.split(micro)):
-            x, y = clean, _ = x.to(rt.device), y.to(rt.device)
-            random = lambda rate: (torch.rand(x.shape, device=x.device) < rate) & (x != model.bos)
+        for clean, y in zip(inputs.split(micro), targets.split(micro)):
+            draw = lambda rate: (clean != model.bos) & (
+                torch.rand(clean.shape, device=clean.device) < rate)
+            x = clean
             if c.token_noise:           # random tokens in place of some (arXiv 2606.16246)
                 noise = x.flatten()[torch.randint(x.numel(), x.shape, device=x.device)]
-                x = torch.where(random(c.token_noise) & (noise != model.bos), noise, x)
+                x = torch.where(draw(c.token_noise) & (noise != model.bos), noise, x)
             hidden = self.forward(model, x)
             if distill:
                 with torch.no_grad():
                     teacher = self.forward(self.teacher, clean)
             shifted = [F.pad(y[:, j:], (0, j), value=-1) for j in range(1 + len(later))]
-            loss, ce, kl = self.loss(hidden, torch.stack(shifted, dim=2), [1.0, *later], teacher,
-                                     alpha)
+            loss, ce, kl = self.loss(hidden, torch.stack(shifted, dim=2), weights, teacher, alpha)
             if c.mtp_weight:        # slowrun #65; its targets do not cross the row's end
                 ahead = self.mtp_hidden(model, hidden, x, y.clamp(min=0))
                 second = F.pad(y[:, 1:], (0, 1), value=-1).unsqueeze(2)
                 loss = loss + (1 - alpha) * c.mtp_weight * self.loss(ahead, second)[0] * (
                     counts[0] / counts[1])
             if c.masked_weight:     # predict from inputs with holes (arXiv 2606.06888)
-                hidden = self.forward(model, x.masked_fill(random(c.masked_rate), -1))
+                hidden = self.forward(model, x.masked_fill(draw(c.masked_rate), -1))
                 loss = loss + c.masked_weight * self.loss(hidden, y.unsqueeze(2))[0]
             (loss / counts[0]).backward()
             sums += torch.stack((ce, kl)) / counts[0]
@@ -1362,6 +1356,7 @@ class Trainer:
         """
         c, rt = self.c, self.rt
         counts = int((targets >= 0).sum()), max(1, int((targets[:, 1:] >= 0).sum()))
+        inputs, targets = inputs.to(rt.device), targets.to(rt.device)
         parts = len(inputs) // (2 * c.meta_rows) if c.meta_lr else rt.world
         sums = torch.zeros(2, device=rt.device)
         for part in range(rt.rank, parts, rt.world):
@@ -1377,7 +1372,7 @@ class Trainer:
             with self.adapted(size):
                 sums += self.backward(x[c.meta_rows:], y[c.meta_rows:], counts, progress, distill)
             for p, grad in before:
-                p.grad = p.grad if grad is None else p.grad + grad
+                p.grad = p.grad if grad is None else grad.add_(p.grad)
         return sums
 
     @contextlib.contextmanager
@@ -1387,10 +1382,10 @@ class Trainer:
         plastic = [p for name, p in self.model.named_parameters()
                    if re.fullmatch(pattern[self.c.meta_scope], name) and p.grad is not None]
         saved = [p.detach().clone() for p in plastic]
-        norm = sum(p.grad.square().sum() for p in plastic).sqrt().clamp(min=1e-12)
+        length = sum(p.grad.square().sum() for p in plastic).sqrt().clamp(min=1e-12)
         with torch.no_grad():
             for p in plastic:
-                p -= size / norm * p.grad
+                p -= size / length * p.grad
         yield
         with torch.no_grad():
             for p, value in zip(plastic, saved):
@@ -1414,22 +1409,23 @@ class Trainer:
                                        rt.group)
         torch.manual_seed(7919 * seed + rt.rank)                # dropout differs between ranks
 
-    def train_member(self, k, teacher_weights=None, chain=0):
-        """Train member k (from 1) of a chain, by a teacher if given.
+    def train_member(self, k, chain=0):
+        """Train member k (from 1) of a chain, taught by the one before, still in self.model.
 
         Returns Meter.facts() and {split: log p(target)}; self.model has the member's weights.
         """
-        rt, distill = self.rt, teacher_weights is not None and bool(self.c.kd_alpha)
+        rt, distill = self.rt, self.teacher is not None and k >= max(2, self.c.kd_from)
         c = replace(self.c, num_epochs=self.c.epochs_of(k), batch_rows=self.c.rows_of(k))
         seed = 1000 * c.seed + chain * c.num_models + k
-        self.start_member(c, seed, k)
         if distill:
-            self.teacher.load_state_dict(teacher_weights)
+            self.teacher.load_state_dict(self.model.state_dict())
+        self.start_member(c, seed, k)
         rows = Rows(member_documents(self.data.train, c.subset_fraction, seed), c.seq_len,
                     c.batch_rows, c.num_epochs, seed, self.data.bos)
-        # a teacher's forward is a third of a step, without MTP and in the last stage
+        # a teacher's forward is a third of a step; 3 p - 2: all of its passes are forward only
         plan = stages(self.c)
-        teacher = distill * flops_per_token(replace(c, mtp_weight=0.0), plan[-1]) / 3
+        teacher = distill / 3 * flops_per_token(replace(c, mtp_weight=0.0, masked_weight=0.0),
+                                                plan[-1]._replace(passes=3 * plan[-1].passes - 2))
         flops = {stage: flops_per_token(c, stage) + teacher for stage in plan}
         meter, averages = report.Meter(self, k, rows, flops), Averages(c, self.model, rows)
         for step in range(rows.num_steps):
@@ -1463,7 +1459,8 @@ class Trainer:
 
         Rows overlap by one token, so that each is scored exactly once, whatever the world size.
         """
-        c, rt, start = self.c, self.rt, time.perf_counter() - self.compile_seconds
+        c, rt, _ = self.c, self.rt, self.rt.synchronize()
+        start = time.perf_counter() - self.compile_seconds
         tokens, size = np.concatenate(documents).astype(np.int64), c.device_batch_size
         count = -(-(len(tokens) - 1) // c.seq_len)
         share = -(-count // (rt.world * size)) * size           # rows of each rank
@@ -1486,9 +1483,12 @@ class Trainer:
 # ==== The run ===================================================================================
 def micro_batch_rows(c, world):
     """Rows of a micro-batch. UserError if the batch cannot be shared out evenly."""
-    at_once = c.meta_rows if c.meta_lr else min(c.rows_of(k) for k in (1, c.num_models // 2 + 1))
-    micro = max(1, min(c.device_batch_size, at_once if c.meta_lr else at_once // world))
-    unit = world * (2 * c.meta_rows if c.meta_lr else micro)
+    if c.meta_lr:
+        unit, micro = world * 2 * c.meta_rows, min(c.device_batch_size, c.meta_rows)
+    else:
+        fewest = min(rows for rows in (c.batch_rows, c.edge_batch_rows) if rows)
+        micro = max(1, min(c.device_batch_size, fewest // world))
+        unit = world * micro
     parts = f"2 x {c.meta_rows} rows of --meta_rows" if c.meta_lr else (
         f"{micro} rows of --device_batch_size")
     refuse([(rows % unit, f"--{name}={rows} is not divisible by {world} process(es) x {parts};"
@@ -1499,23 +1499,16 @@ def micro_batch_rows(c, world):
     return micro
 
 
-def run_folder(c):
-    """The folder of the run, not yet made; UserError if there is a run in it."""
-    name = c.run_id or f"{c.track}_{time.strftime('%Y-%m-%d_%H-%M-%S')}_seed{c.seed}"
-    folder = ROOT / c.runs_dir / name
-    refuse([((folder / "log.txt").exists(), f"{folder} has a run; choose another --run_id")])
-    return folder
-
-
 def train_chain(c, rt, log, trainer, chain, folder):
     """Train the members of one chain; returns (their facts, their scores)."""
-    teacher, members, scores = None, [], []
+    members, scores = [], []
     for k in range(1, c.num_models + 1):
-        facts, logp = trainer.train_member(k, teacher if k >= c.kd_from else None, chain)
-        teacher = {n: p.detach().cpu().clone() for n, p in trainer.model.named_parameters()}
-        if rt.rank == 0:
-            report.save_member(folder / "members", chain * c.num_models + k, teacher, logp)
+        facts, logp = trainer.train_member(k, chain)
         members.append({**{f"{split}_loss": mean_loss(p) for split, p in logp.items()}, **facts})
+        if rt.rank:             # one process of a chain remembers and writes
+            continue
+        weights = {name: p.detach().cpu() for name, p in trainer.model.named_parameters()}
+        report.save_member(folder / "members", chain * c.num_models + k, weights, logp)
         scores.append(logp)
         single, kept = members[-1]["val_loss"], [m["val"] for m in kept_members(scores, c)]
         mixed = mean_loss(mixture_logp(kept)) if kept else float("nan")
@@ -1526,11 +1519,13 @@ def train_chain(c, rt, log, trainer, chain, folder):
 
 
 def run(c, overrides):
-    """Train the members, write the run's folder, print the table; returns the result (a dict)."""
+    """Train the members, write the run's folder, print the table; returns the result on rank 0."""
     start, rt = time.perf_counter(), start_runtime(c)
     micro = micro_batch_rows(c, rt.world)
-    data, folder = load_dataset(ROOT / c.dataset, c), run_folder(c)
-    rt.barrier()                # rank 0 makes the folder only after all have looked
+    data, folder = load_dataset(ROOT / c.dataset, c), [report.run_folder(c)]
+    if dist.is_initialized():   # its name holds the time; all look before one makes it
+        dist.broadcast_object_list(folder)
+    folder, = folder
     log = report.Log(folder, rt.is_main, c.log_seconds)
     trainer, ngram = Trainer(c, rt, log, data), None
     if c.ngram_order:
@@ -1541,14 +1536,17 @@ def run(c, overrides):
         mine, parts = parts[0], [None] * c.num_chains
         dist.all_gather_object(parts, mine, group=rt.across)
     members, scores = (sum(lists, []) for lists in zip(*parts))
-    curve = ensemble_curve(scores, c, ngram)
-    result = report.summarize(trainer, members, curve, ngram, overrides, start)
+    memory = rt.gather(torch.tensor([report.peak_memory(rt.device)], device=rt.device),
+                       dist.group.WORLD)
+    result = None
     if rt.is_main:
+        curve = ensemble_curve(scores, c, ngram)
+        result = report.summarize(trainer, members, curve, ngram, memory, overrides, start)
         report.write_json(folder / "result.json", result)
         plot.plot_progress(result, folder / "progress.png")
         for line in report.closing_lines(sys.modules[__name__], c, rt, data, folder, result):
             log.say(line)
-    log.say("RESULT " + json.dumps(result), console=False)
+        log.say("RESULT " + json.dumps(result), console=False)
     rt.barrier()
     return result
 
@@ -1559,10 +1557,10 @@ COMMANDS = ("train", "baseline", "sample", "check")
 
 def dispatch(argv):
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
-    known(command, COMMANDS, "command")
+    report.known(command, COMMANDS, "command")
     if {"--help", "-h"} & set(argv):
-        return print(help_text())
-    arguments = parse_arguments(argv)
+        return print(report.help_text(__doc__, fields(Config), TRACKS))
+    arguments = report.parse_arguments(argv)
     c = make_config(**arguments)
     overrides = {name: getattr(c, name) for name in arguments if name != "track"}
     if command == "train":
@@ -1572,8 +1570,10 @@ def dispatch(argv):
         measure_baseline(sys.modules[__name__], c, overrides)
     elif command == "sample":
         report.sample(sys.modules[__name__], c)
-    elif load_dataset(ROOT / c.dataset, c) and run_folder(c) and micro_batch_rows(
-            c, int(os.environ.get("WORLD_SIZE", 1))):
+    else:
+        micro_batch_rows(c, chain_processes(c, int(os.environ.get("WORLD_SIZE", 1))))
+        load_dataset(ROOT / c.dataset, c)
+        report.run_folder(c)
         print(f"track {c.track}: settings and dataset {c.dataset} are sound")
 
 
@@ -1582,11 +1582,11 @@ def main(argv=None):
     try:
         dispatch(list(sys.argv[1:] if argv is None else argv))
         return 0
-    except (UserError, RuntimeError, OSError) as error:
+    except (UserError, RuntimeError, OSError, FloatingPointError) as error:
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message:
             message = "out of memory; lower --device_batch_size, then --loss_chunk"
-        elif not isinstance(error, (UserError, OSError)):
+        elif isinstance(error, RuntimeError):
             raise
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, UserError):
             print(f"error: {message}", file=sys.stderr)

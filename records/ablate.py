@@ -36,7 +36,11 @@ TECHNIQUES = {
     "sawtooth lr, probabilities of 3 epochs": (
         "sawtooth_epochs=0 average=last", "sawtooth_epochs=3 average=probs average_epochs=3",
         "-0.012 (#56), -0.004 (#50)"),
-    "anti-phase weight decay": ("wd_schedule=0:1", "wd_schedule=0:1,0.4:1,1:0.65", "-0.009 (#82)"),
+    "weight decay falls to 0.65": ("wd_schedule=0:1", "wd_schedule=0:1,0.4:1,1:0.65", ""),
+    "sawtooth as above and anti-phase weight decay": (
+        "sawtooth_epochs=0 average=last wd_schedule=0:1",
+        "sawtooth_epochs=3 average=probs average_epochs=3 wd_schedule=0:1,0.4:1,0.625:0.65,"
+        "0.75:1.5,0.75:0.65,0.875:1.5,0.875:0.65,1:1.5", "-0.009 more (#82)"),
     "SwiGLU": ("swiglu=false", "swiglu=true", "-0.014"),
     "residual lambdas": ("resid_init=0", "resid_init=1", ""),
     "x0 lambdas": ("x0_init=0", "x0_init=0.1", ""),
@@ -97,17 +101,17 @@ def train(job):
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={
             **os.environ, "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0"})
         if done.returncode:
-            print(f"{folder.name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            reason = (done.stderr.strip() or "killed").splitlines()[-1]
+            print(f"{folder.name}: {reason}", file=sys.stderr)
             return None
         print(folder.name, flush=True)
     return json.loads((folder / "result.json").read_text())
 
 
 def losses(result, ensemble):
-    """(selection, val) of a run: its only member's, or the ensemble's learned mixture."""
-    if ensemble:
-        return result["ensemble"][-1]["selection_loss"], result["val_loss"]
-    return result["members"][0]["selection_loss"], result["members"][0]["val_loss"]
+    """(selection, val) of a run: its only member's, or the ensemble's with equal weights."""
+    point = result["ensemble"][-1] if ensemble else result["members"][0]
+    return point["selection_loss"], point["val_loss"]
 
 
 def is_on(flags, settings):
@@ -146,7 +150,7 @@ INTRODUCTION = """# Ablations on the `cpu` track
 
 Made by `python records/ablate.py` and `python records/ablate.py --ensemble`. Each row flips one
 technique; a difference is the loss with it minus the loss without it (negative: it helps), the mean
-over seeds, paired, and its standard error. One member of 8 epochs, or the learned mixture of the
+over seeds, paired, and its standard error. One member of 8 epochs, or the equal mixture of the
 whole job. Settings are chosen on `selection`. The last column is what the public project measured
 at 100M tokens.
 """

@@ -21,11 +21,19 @@ MULTIPLES = (1, 2, 4, 8, 12, 16)
 TUNED_UP_TO = 12                        # the largest multiple for (b), which costs epochs times D
 USUAL_WEIGHT_DECAY = 0.1
 WEIGHT_DECAYS = (0.1, 1.0)
+PLAIN = dict(                           # what a baseline does without, on any track
+    num_models=1, num_chains=1, first_epochs=0, continue_members=False, edge_batch_rows=0,
+    subset_fraction=1.0, kd_alpha=0.0, average="last", mtp_weight=0.0, second_weight="",
+    third_weight="", masked_weight=0.0, token_noise=0.0, meta_lr=0.0, dropout=0.0,
+    stochastic_depth=0.0, loop_count=1, recurrence_from=0.0, window_schedule="",
+    sawtooth_epochs=0, wd_schedule="0:1")
 FIRST_GUESS = 8, 1.0                    # epochs and weight decay at the smallest D
 
 
 def measure_baseline(t, c, overrides):
     """Measure and store both curves of the dataset of config `c`. t: the module train_gpt."""
+    c = replace(c, **PLAIN)
+    t.refuse([(not c.selection_tokens, "--selection_tokens=0: the tuned curve is chosen on it")])
     start, rt = time.perf_counter(), t.start_runtime(c)
     folder, dataset = t.ROOT / c.runs_dir / f"baseline_{c.track}", t.ROOT / c.dataset
     log = t.report.Log(folder, rt.rank == 0, c.log_seconds)
@@ -75,7 +83,7 @@ class Runs:
     def __init__(self, t, c, rt, log, folder):
         self.t, self.rt, self.log, self.path = t, rt, log, folder / "runs.jsonl"
         self.trainer = None
-        self.plain = replace(c, num_models=1, kd_alpha=0.0, first_epochs=0, dropout=0.0)
+        self.plain = c
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         same = {name: value for name, value in vars(self.plain).items()
                 if name not in ("run_id", "runs_dir", "log_steps", "log_seconds", "prompt")}

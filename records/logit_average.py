@@ -32,7 +32,7 @@ def main(folder):
     models = []
     for point in result["ensemble"]:
         with rt.device:
-            model = t.GPT(c, rt.dtype, rt.attention).prepare(c.seq_len).eval()
+            model = t.GPT(c, rt.dtype).eval()
         weights = load_file(folder / "members" / f"{point['member']:03d}.safetensors")
         model.load_state_dict(weights)
         model.bos = data.bos
@@ -42,8 +42,10 @@ def main(folder):
     inputs, targets = tokens[:count].view(-1, c.seq_len), tokens[1:count + 1].view(-1, c.seq_len)
     parts = [logit_average(models, x.to(rt.device), y.to(rt.device)) for x, y in zip(
         inputs.split(c.device_batch_size), targets.split(c.device_batch_size))]
+    logps = [load_file(folder / "members" / f"{point['member']:03d}.logp.safetensors")["val"]
+             [:count].numpy() for point in result["ensemble"]]
     print(f"{len(models)} members, val: average of logits {-float(torch.cat(parts).mean()):.4f},"
-          f" mixture of probabilities {result['ensemble'][-1]['val_loss']:.4f}")
+          f" mixture of probabilities {t.mean_loss(t.mixture_logp(logps)):.4f}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ lines, and ends with `RESULT {json}`; metrics.jsonl has a line for every few ste
 module train_gpt.
 """
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -19,16 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from data.shards import GPT2_VOCAB, UserError
+from data.shards import GPT2_VOCAB, UserError, refuse
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # Dense bf16 peak of a device, FLOP/s, by a part of its name: NVIDIA's data sheets.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
-              "A100": 312e12, "L40S": 362e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12}
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
+              "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 5090": 209.5e12,
+              "RTX 4090": 165.2e12}
 
 
 
@@ -171,7 +172,7 @@ class Meter:
         self.loss, kl = rt.sum(torch.stack(self.recent).mean(dim=0)).tolist()
         self.recent = []
         if not math.isfinite(self.loss):
-            raise UserError(f"member {k}, step {step + 1}: the loss is {self.loss}; lower"
+            raise FloatingPointError(f"member {k}, step {step + 1}: the loss is {self.loss}; lower"
                             " --matrix_lr, --embed_lr or --head_lr")
         facts, epoch = self.facts(), min(rows.epoch_of(step + 1), c.epochs_of(k))
         speed = facts["tokens_per_second"]
@@ -213,9 +214,48 @@ def write_json(path, value):
 def save_member(folder, number, weights, scores):
     """Write <number>.safetensors, the weights, and <number>.logp.safetensors, log p by split."""
     logp = {split: torch.from_numpy(values) for split, values in scores.items()}
+    folder.mkdir(parents=True, exist_ok=True)
     for kind, tensors in (("", weights), (".logp", logp)):
         write_whole(folder / f"{number:03d}{kind}.safetensors",
                     lambda beside, tensors=tensors: save_file(tensors, beside))
+
+
+def run_folder(c):
+    """The folder of the run, not yet made; UserError if there is a run in it."""
+    name = c.run_id or f"{c.track}_{time.strftime('%Y-%m-%d_%H-%M-%S')}_seed{c.seed}"
+    folder = ROOT / c.runs_dir / name
+    refuse([((folder / "log.txt").exists(), f"{folder} has a run; choose another --run_id")])
+    return folder
+
+
+def known(name, names, kind):
+    """`name`, if it is one of `names`; else UserError with the nearest."""
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else "there are: " + ", ".join(sorted(names))
+        raise UserError(f"unknown {kind} {name!r}; {hint}")
+    return name
+
+
+def parse_arguments(argv):
+    """["--field=value", ...] -> {field: text of the value}."""
+    pairs = [argument.removeprefix("--").partition("=") for argument in argv]
+    refuse([(not argument.startswith("--") or not equals,
+             f"{argument!r} is not --field=value (--help lists the fields)")
+            for argument, (_, equals, _) in zip(argv, pairs)])
+    return {name: text for name, _, text in pairs}
+
+
+def help_text(contract, fields, tracks):
+    """The text of --help: the script's docstring, its fields and its tracks."""
+    lines = [contract, "Fields (--field=value), with the default of no track:", ""]
+    for f in fields:
+        choices = ", ".join(choice or "(empty)" for choice in f.metadata["choices"])
+        lines.append(f"  --{f.name}={f.default}".ljust(34) + " " + f.metadata["help"]
+                     + (f" ({choices})" if choices else ""))
+    for track, changes in tracks.items():
+        lines.append(f"\nTrack {track}: " + " ".join(f"{k}={v}" for k, v in changes.items()))
+    return "\n".join(lines)
 
 
 def equivalent_tokens(loss, curve):
@@ -245,8 +285,11 @@ def data_efficiency(loss, baseline, train_tokens):
     return result
 
 
-def summarize(trainer, members, curve, ngram, overrides, start):
-    """The dict that becomes result.json. Its val_loss is the declared number of the run."""
+def summarize(trainer, members, curve, ngram, memory, overrides, start):
+    """The dict that becomes result.json. Its val_loss is the declared number of the run.
+
+    memory: peak bytes of each process; start: of the run, time.perf_counter().
+    """
     c, rt, data = trainer.c, trainer.rt, trainer.data
     suffix = "" if c.final_mixture == "uniform" else "_" + c.final_mixture
     val_loss, bytes_per_token = curve[-1]["val_loss" + suffix], data.bytes_per_token.get("val")
@@ -254,8 +297,6 @@ def summarize(trainer, members, curve, ngram, overrides, start):
     train_seconds = sum(m["train_seconds"] for m in members)
     side_by_side = c.num_chains if rt.across else 1         # chains that train at the same time
     average = lambda key: sum(m[key] * m["train_seconds"] for m in members) / train_seconds
-    memory = rt.gather(torch.tensor([float(peak_memory(rt.device))], device=rt.device),
-                       dist.group.WORLD)
     return {
         "track": c.track, "overrides": overrides, "seed": c.seed, "val_loss": val_loss,
         "holdout_loss": curve[-1]["holdout_loss" + suffix],
@@ -278,7 +319,7 @@ def summarize(trainer, members, curve, ngram, overrides, start):
 
 
 def closing_lines(t, c, rt, data, folder, result):
-    """All of it, as lines for the console and the log."""
+    """The final table, the folder and a sample of text."""
     return ["", *table(t, c, result), f"folder           {folder}",
             *sample_lines(t, c, rt, data, folder, result["members"])]
 

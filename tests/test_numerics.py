@@ -601,15 +601,15 @@ def test_attend_against_a_slow_loop(window, scale):
         expected[b, i, h] = sum(w * v[b, j, h].numpy()
                                 for w, j in zip(weights / weights.sum(), seen))
     mask = t.make_mask(window, T, CPU, "sdpa")
-    ours = t.attend(q, k, v, t.Sight(window, mask, None, None, scale, "sdpa"))
+    ours = t.attend(q, k, v, t.AttentionSpec(window, mask, None, None, scale, "sdpa"))
     assert relative_error(ours, expected) < 1e-12
 
 
 def test_scale_of_attention():
     """1 / sqrt(width of a head) in every layer, without YaRN."""
     model = t.GPT(small_config()).prepare(12)
-    assert set(model.sights) == {6, 12}
-    for window, sight in model.sights.items():
+    assert set(model.specs) == {6, 12}
+    for window, sight in model.specs.items():
         assert sight.window == window and sight.scale == pytest.approx(12 ** -0.5, rel=1e-12)
 
 

@@ -571,7 +571,7 @@ def refused(arguments, runs, capsys):
     (["--final_mixture=best"], ["--final_mixture=best", "uniform, learned"]),
     (["--final_mixture=learned", "--selection_tokens=0"], ["--selection_tokens"]),
     (["--final_mixture=ngram", "--ngram_order=0"], ["--final_mixture=ngram", "--ngram_order"]),
-    (["--ngram_order=5"], ["--ngram_order=5", "at most 4"]),
+    (["--ngram_order=5"], ["--ngram_order=5", "below 5"]),
     (["--average=best", "--selection_tokens=0", "--final_mixture=uniform"],
      ["--average=best", "--selection_tokens"]),
     (["--average=median"], ["--average=median", "last, ema, weights"]),

@@ -260,9 +260,9 @@ def test_model_is_causal(name):
 def test_key_offset_is_of_channels_that_do_not_rotate_and_of_long_windows_only():
     """Channel i pairs with i + Dh/2: half RoPE of 12 channels lets 3, 4, 5, 9, 10, 11 stand."""
     model = random_model(config(rope_fraction=0.5, key_offset=True))
-    assert model.sights[12].still.nonzero().flatten().tolist() == [3, 4, 5, 9, 10, 11]
-    assert model.sights[6].still is None
-    cos, sin = model.sights[12].rope
+    assert model.specs[12].from_before.nonzero().flatten().tolist() == [3, 4, 5, 9, 10, 11]
+    assert model.specs[6].from_before is None
+    cos, sin = model.specs[12].rope
     assert (cos[:, :, 3:] == 1).all() and (sin[:, :, 3:] == 0).all()
     assert (sin[1:, :, :3] != 0).all()
 
@@ -276,8 +276,8 @@ def test_first_pass_of_the_recurrence_has_no_gradient():
     model.zero_grad()
     x0 = t.norm(model.wte(x))
     with torch.no_grad():
-        first = t.norm(model.trunk(x0, x0, model.sights))
-    logp = model.logits(t.norm(model.trunk(first.clone(), x0, model.sights))).log_softmax(-1)
+        first = t.norm(model.trunk(x0, x0, model.specs))
+    logp = model.logits(t.norm(model.trunk(first.clone(), x0, model.specs))).log_softmax(-1)
     (-logp[y >= 0].gather(1, y[y >= 0][:, None]).sum()).backward()
     for name, p in model.named_parameters():
         assert relative_error(ours[name], p.grad) < 1e-9, name
