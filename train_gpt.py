@@ -1271,8 +1271,7 @@ class Trainer:
     def __init__(self, c, rt, log, data):
         self.c, self.rt, self.log, self.data = c, rt, log, data
         self.model = self.new_model()
-        self.teacher = self.new_model().to(rt.dtype).eval().requires_grad_(False) if (
-            c.kd_alpha) else None
+        self.teacher = self.new_model().to(rt.dtype).eval() if c.kd_alpha else None
         fast = (lambda f: torch.compile(f, dynamic=False)) if rt.compile else (lambda f: f)
         self.forward, self.mtp_hidden = fast(GPT.forward), fast(GPT.mtp_hidden)
         self.chunk_function, self.logprobs = fast(loss_chunk), fast(target_logprobs)
