@@ -1527,7 +1527,7 @@ def run(c, overrides):
     folder, = folder
     log = report.Log(folder, rt.is_main, c.log_seconds)
     trainer, ngram = Trainer(c, rt, log, data), None
-    if c.ngram_order:
+    if c.ngram_order and rt.is_main:
         ngram = NGram(np.concatenate(data.train), c.vocab_size, data.bos, c.ngram_order).score(data)
     report.announce(trainer, overrides, {s: flops_per_token(c, s) for s in stages(c)}, micro)
     parts = [train_chain(c, rt, log, trainer, chain, folder) for chain in rt.chains]
