@@ -38,7 +38,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from data.ngram import NGram
-from data.shards import UserError, load_dataset, refuse
+from data.shards import UserError, load_dataset, refuse, write_json
 from records import plot, report
 
 # ==== Config and tracks =========================================================================
@@ -129,7 +129,7 @@ class Config:
     loop_start: int = opt(0, "first of the layers that are run repeatedly, counted from 0", least=0)
     loop_end: int = opt(0, "last of the layers that are run repeatedly", least=0)
     loop_count: int = opt(1, "times that loop_start..loop_end are run; 1: no looping")
-    loop_from_epoch: int = opt(0, "epoch, counted from 0, in which looping begins", least=0)
+    loop_from_epoch: int = opt(0, "epoch of num_epochs, from 0, in which looping begins", least=0)
     recurrence_from: float = opt(0.0, "progress from which the network runs twice; 0: never")
     window_schedule: str = opt("", "progress:S:L,... as parts of a row, with YaRN when L grows")
     softcap: float = opt(10.0, "logits are c*tanh(z/c); 0: not capped")
@@ -313,9 +313,8 @@ def check_config(c):
         (not re.fullmatch(r"([A-Za-z0-9][\w.\-]*)?", c.run_id),
          f"--run_id={c.run_id}: letters, digits, '.', '_' and '-' only, and no path")]
     refuse(problems)
-    for name in ("wd_schedule", "second_weight", "third_weight"):
-        if getattr(c, name) or name == "wd_schedule":
-            parse_schedule(getattr(c, name), name)
+    for name in ("wd_schedule", *filter(vars(c).get, ("second_weight", "third_weight"))):
+        parse_schedule(getattr(c, name), name)
     if c.window_schedule:
         growth = parse_schedule(c.window_schedule, "window_schedule", "0:0.25:0.5,0.5:0.5:1")
         refuse([(not all(0 < part <= 1 for _, *parts in growth for part in parts),
@@ -854,7 +853,7 @@ def capped_logits(hidden, weight, softcap):
 
 
 def loss_chunk(h, w, y, y_weights, teacher_h, teacher_w, alpha, temperature, softcap, vocab):
-    """Loss and gradients of one chunk of tokens; at most two [n, V] logits live at once.
+    """Loss and gradients of one chunk of tokens, the only ones whose [n, V] logits exist.
 
     (1 - alpha) * CE + alpha * T^2 * KL(teacher || student), both at temperature T, of softcapped
     logits. h [n, D], w [V, D], teacher_* likewise or None; y int64 [n, J]: the next token and those
@@ -1276,8 +1275,13 @@ class Trainer:
         self.forward, self.mtp_hidden = fast(GPT.forward), fast(GPT.mtp_hidden)
         self.chunk_function, self.logprobs = fast(loss_chunk), fast(target_logprobs)
         self.seen, self.compile_seconds, self.eval_seconds = set(), 0.0, 0.0
-        self.optimizer, self.start = None, time.perf_counter()
-        self.one = torch.ones(1, device=rt.device)
+        self.optimizer, self.one = None, torch.ones(1, device=rt.device)
+        self.plan = stages(c)
+        self.flops = {stage: flops_per_token(c, stage) for stage in self.plan}  # of a token
+        # a teacher's forward is a third of a step; 3 p - 2: all of its passes are forward only
+        last = self.plan[-1]._replace(passes=3 * self.plan[-1].passes - 2)
+        plain = replace(c, mtp_weight=0.0, masked_weight=0.0)
+        self.teacher_flops, self.start = flops_per_token(plain, last) / 3, time.perf_counter()
 
     def new_model(self):
         with self.rt.device:
@@ -1421,15 +1425,11 @@ class Trainer:
         self.start_member(c, seed, k)
         rows = Rows(member_documents(self.data.train, c.subset_fraction, seed), c.seq_len,
                     c.batch_rows, c.num_epochs, seed, self.data.bos)
-        # a teacher's forward is a third of a step; 3 p - 2: all of its passes are forward only
-        plan = stages(self.c)
-        teacher = distill / 3 * flops_per_token(replace(c, mtp_weight=0.0, masked_weight=0.0),
-                                                plan[-1]._replace(passes=3 * plan[-1].passes - 2))
-        flops = {stage: flops_per_token(c, stage) + teacher for stage in plan}
+        flops = {s: count + distill * self.teacher_flops for s, count in self.flops.items()}
         meter, averages = report.Meter(self, k, rows, flops), Averages(c, self.model, rows)
         for step in range(rows.num_steps):
             progress = step / rows.num_steps
-            stage = [stage for stage in plan if stage.start <= progress][-1]
+            stage = [stage for stage in self.plan if stage.start <= progress][-1]
             if stage != self.model.stage:
                 self.model.prepare(c.seq_len, stage)
             inputs, targets = rows.step(step)
@@ -1498,16 +1498,16 @@ def micro_batch_rows(c, world):
     return micro
 
 
-def train_chain(c, rt, log, trainer, chain, folder):
+def train_chain(trainer, chain):
     """Train the members of one chain; returns (their facts, their scores)."""
-    members, scores = [], []
+    c, rt, log, members, scores = trainer.c, trainer.rt, trainer.log, [], []
     for k in range(1, c.num_models + 1):
         facts, logp = trainer.train_member(k, chain)
-        members.append({**{f"{split}_loss": mean_loss(p) for split, p in logp.items()}, **facts})
+        members.append({f"{split}_loss": mean_loss(p) for split, p in logp.items()} | facts)
         if rt.rank:             # one process of a chain remembers and writes
             continue
         weights = {name: p.detach().cpu() for name, p in trainer.model.named_parameters()}
-        report.save_member(folder / "members", chain * c.num_models + k, weights, logp)
+        report.save_member(log.folder / "members", chain * c.num_models + k, weights, logp)
         scores.append(logp)
         single, kept = members[-1]["val_loss"], [m["val"] for m in kept_members(scores, c)]
         mixed = mean_loss(mixture_logp(kept)) if kept else float("nan")
@@ -1529,8 +1529,9 @@ def run(c, overrides):
     trainer, ngram = Trainer(c, rt, log, data), None
     if c.ngram_order and rt.is_main:
         ngram = NGram(np.concatenate(data.train), c.vocab_size, data.bos, c.ngram_order).score(data)
-    report.announce(trainer, overrides, {s: flops_per_token(c, s) for s in stages(c)}, micro)
-    parts = [train_chain(c, rt, log, trainer, chain, folder) for chain in rt.chains]
+    rows = Rows(data.train, c.seq_len, c.batch_rows, c.num_epochs, c.seed, data.bos)
+    report.announce(trainer, overrides, rows, micro)
+    parts = [train_chain(trainer, chain) for chain in rt.chains]
     if rt.across is not None:   # the chains of other processes
         mine, parts = parts[0], [None] * c.num_chains
         dist.all_gather_object(parts, mine, group=rt.across)
@@ -1540,8 +1541,9 @@ def run(c, overrides):
     result = None
     if rt.is_main:
         curve = ensemble_curve(scores, c, ngram)
-        result = report.summarize(trainer, members, curve, ngram, memory, overrides, start)
-        report.write_json(folder / "result.json", result)
+        alone = {f"{split}_loss": mean_loss(p) for split, p in (ngram or {}).items()}
+        result = report.summarize(trainer, members, curve, alone, memory, overrides, start)
+        write_json(folder / "result.json", result)
         plot.plot_progress(result, folder / "progress.png")
         for line in report.closing_lines(sys.modules[__name__], c, rt, data, folder, result):
             log.say(line)
@@ -1551,12 +1553,9 @@ def run(c, overrides):
 
 
 # ==== Commands beyond training ==================================================================
-COMMANDS = ("train", "baseline", "sample", "check")
-
-
 def dispatch(argv):
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
-    report.known(command, COMMANDS, "command")
+    report.known(command, ("train", "baseline", "sample", "check"), "command")
     if {"--help", "-h"} & set(argv):
         return print(report.help_text(__doc__, fields(Config), TRACKS))
     arguments = report.parse_arguments(argv)

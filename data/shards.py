@@ -60,6 +60,19 @@ def read_shard(path, vocab_size=None, sha256=None, begins_with_bos=False):
     return tokens, vocab, bos, digest
 
 
+def write_whole(path, write):
+    """Let `write` fill a file beside `path`, then rename it, so that `path` is never half there."""
+    beside = path.with_suffix(".tmp")
+    write(beside)
+    beside.replace(path)
+
+
+def write_json(path, value):
+    """Write `value` as indented JSON, atomically."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
 def write_shard(path, tokens, vocab_size, bos_id):
     """Write uint16 `tokens` [n] atomically; return {tokens, documents, sha256} for meta.json."""
     path, tokens = Path(path), np.ascontiguousarray(tokens, dtype="<u2")
@@ -67,14 +80,16 @@ def write_shard(path, tokens, vocab_size, bos_id):
         raise ValueError(f"{path}: tokens must begin with BOS {bos_id} and be below {vocab_size}")
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:5] = MAGIC, VERSION, len(tokens), vocab_size, bos_id
+
+    def write(beside):
+        with open(beside, "wb") as file:
+            file.write(header.tobytes())
+            file.write(tokens.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    with open(beside, "wb") as file:
-        file.write(header.tobytes())
-        file.write(tokens.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    write_whole(path, write)
     sha256 = hashlib.sha256(header.tobytes() + tokens.tobytes()).hexdigest()
     documents = int((tokens == bos_id).sum())
     return {"tokens": len(tokens), "documents": documents, "sha256": sha256}
@@ -82,9 +97,7 @@ def write_shard(path, tokens, vocab_size, bos_id):
 
 def write_meta(folder, meta):
     """Write `meta` (dict) to folder/meta.json atomically."""
-    beside = Path(folder) / "meta.json.tmp"
-    beside.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(Path(folder) / "meta.json")
+    write_json(Path(folder) / "meta.json", meta)
 
 
 def split_documents(tokens, bos):

@@ -15,7 +15,7 @@ import json
 import time
 from dataclasses import replace
 
-from data.shards import HEADER_INTS
+from data.shards import HEADER_INTS, write_meta
 
 MULTIPLES = (1, 2, 4, 8, 12, 16)
 TUNED_UP_TO = 12                        # the largest multiple for (b), which costs epochs times D
@@ -56,7 +56,7 @@ def measure_baseline(t, c, overrides):
             "source": " ".join([f"train_gpt.py baseline --track={c.track}",
                                 *(f"--{k}={v}" for k, v in overrides.items())]),
             "hardware": t.report.hardware_name(rt.device)}
-        t.report.write_json(dataset / "meta.json", meta)
+        write_meta(dataset, meta)
     log.say(f"one epoch  {one_epoch}\ntuned      {tuned}\nstored in {dataset / 'meta.json'} after"
             f" {t.report.minutes(time.perf_counter() - start)}")
 

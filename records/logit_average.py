@@ -5,7 +5,6 @@
 For comparison only: the average of logits needs all members at once, and the public project found
 it worse by 0.011 (slowrun #55). The members are those of the run's ensemble, with equal weights.
 """
-import json
 import sys
 from pathlib import Path
 
@@ -26,17 +25,10 @@ def logit_average(models, inputs, targets):
 def main(folder):
     sys.path.insert(0, str(ROOT))
     import train_gpt as t
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    c = t.Config(**result["config"])
+    result, c = t.report.finished_run(t, folder)
     rt, data = t.start_runtime(c), t.load_dataset(ROOT / c.dataset, c)
-    models = []
-    for point in result["ensemble"]:
-        with rt.device:
-            model = t.GPT(c, rt.dtype).eval()
-        weights = load_file(folder / "members" / f"{point['member']:03d}.safetensors")
-        model.load_state_dict(weights)
-        model.bos = data.bos
-        models.append(model)
+    models = [t.report.load_member(t, c, rt, data, folder, point["member"])
+              for point in result["ensemble"]]
     tokens = torch.from_numpy(np.concatenate(data.val).astype(np.int64))
     count = (len(tokens) - 1) // c.seq_len * c.seq_len      # whole rows
     inputs, targets = tokens[:count].view(-1, c.seq_len), tokens[1:count + 1].view(-1, c.seq_len)

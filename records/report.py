@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from data.shards import GPT2_VOCAB, UserError, refuse
+from data.shards import GPT2_VOCAB, UserError, refuse, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +31,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
               "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 5090": 209.5e12,
               "RTX 4090": 165.2e12}
-
 
 
 def hardware_name(device):
@@ -51,6 +51,10 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     units = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * units
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 class Log:
@@ -97,37 +101,34 @@ def git_commit():
         return "unknown"
 
 
-def announce(trainer, overrides, flops, micro):
+def announce(trainer, overrides, rows, micro):
     """Log what reproduces the run (sources, versions, settings); tell what is about to run.
 
-    flops: {stage: FLOPs a token}; micro: rows of a micro-batch.
+    rows: the Rows of a member; micro: rows of a micro-batch.
     """
     c, rt, log, data, model = (getattr(trainer, name) for name in "c rt log data model".split())
-    processes = rt.world * (c.num_chains if rt.across else 1)
     facts = dict(commit=git_commit(), python=platform.python_version(), torch=torch.__version__,
-                 numpy=np.__version__, hardware=hardware_name(rt.device), processes=processes,
+                 numpy=np.__version__, hardware=hardware_name(rt.device), processes=processes(),
                  data_sha256=data.hashes, overrides=overrides, config=dataclasses.asdict(c))
     for source in ("train_gpt.py", "data/shards.py", "data/ngram.py", "records/report.py"):
         text = (ROOT / source).read_text(encoding="utf-8")
         log.say(f"{text}\n{'=' * 40} end of {source}", console=False)
     for key, value in facts.items():
         log.say(f"{key}:{json.dumps(value)}", console=False)
-    tokens, step_tokens = sum(map(len, data.train)), c.batch_rows * c.seq_len
-    steps = -(-(-(-(tokens - 1) // c.seq_len) * c.num_epochs) // c.batch_rows)
     size, blocks = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.blocks))
-    flops = " then ".join(dict.fromkeys(f"{count:.4g}" for count in flops.values()))
+    flops = " then ".join(dict.fromkeys(f"{count:.4g}" for count in trainer.flops.values()))
     chain = (f", each distilled from the one before (alpha {c.kd_alpha:g}, T {c.kd_temperature:g})"
              if c.kd_alpha and c.num_models > 1 else "")
     chains = f"{c.num_chains} chains of " if c.num_chains > 1 else ""
     for line in (
             f"track     {c.track}: {chains}{c.num_models} model(s) x {c.num_epochs} epochs{chain}",
-            f"data      {c.dataset}: {tokens:,} tokens an epoch ({len(data.train)} documents),"
+            f"data      {c.dataset}: {rows.tokens:,} tokens an epoch ({len(data.train)} documents),"
             f" {sum(map(len, data.selection)):,} for selection; val {sum(map(len, data.val)):,},"
             f" holdout {sum(map(len, data.holdout)):,}",
             f"model     {size:.4g}M parameters ({blocks:.4g}M in {c.num_layers} blocks, width"
             f" {c.model_dim}), {flops} FLOPs a token",
-            f"steps     {steps:,} a member: {c.batch_rows} rows x {c.seq_len} ="
-            f" {step_tokens:,} tokens a step, on {processes} process(es) in"
+            f"steps     {rows.num_steps:,} a member: {c.batch_rows} rows x {c.seq_len} ="
+            f" {c.batch_rows * c.seq_len:,} tokens a step, on {processes()} process(es) in"
             f" {c.batch_rows // rt.world // micro} micro-batch(es) of {micro} rows",
             f"machine   {facts['hardware']}; torch {torch.__version__} on {rt.device.type},"
             f" {str(rt.dtype).removeprefix('torch.')}, attention {rt.attention}, compile"
@@ -173,7 +174,7 @@ class Meter:
         self.recent = []
         if not math.isfinite(self.loss):
             raise FloatingPointError(f"member {k}, step {step + 1}: the loss is {self.loss}; lower"
-                            " --matrix_lr, --embed_lr or --head_lr")
+                                     " --matrix_lr, --embed_lr or --head_lr")
         facts, epoch = self.facts(), min(rows.epoch_of(step + 1), c.epochs_of(k))
         speed = facts["tokens_per_second"]
         self.trainer.log.metrics(
@@ -197,18 +198,6 @@ def percent(fraction):
 
 def minutes(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def write_whole(path, write):
-    """Let `write` fill a file beside `path`, then rename it, so that `path` is never half there."""
-    beside = path.with_suffix(".tmp")
-    write(beside)
-    os.replace(beside, path)
-
-
-def write_json(path, value):
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def save_member(folder, number, weights, scores):
@@ -288,32 +277,32 @@ def data_efficiency(loss, baseline, train_tokens):
 def summarize(trainer, members, curve, ngram, memory, overrides, start):
     """The dict that becomes result.json. Its val_loss is the declared number of the run.
 
-    memory: peak bytes of each process; start: of the run, time.perf_counter().
+    ngram: losses of the count-based member, by name; memory: peak bytes of each process; start: of
+    the run, time.perf_counter().
     """
     c, rt, data = trainer.c, trainer.rt, trainer.data
     suffix = "" if c.final_mixture == "uniform" else "_" + c.final_mixture
     val_loss, bytes_per_token = curve[-1]["val_loss" + suffix], data.bytes_per_token.get("val")
     baseline = data.meta.get("baseline")
     train_seconds = sum(m["train_seconds"] for m in members)
-    side_by_side = c.num_chains if rt.across else 1         # chains that train at the same time
     average = lambda key: sum(m[key] * m["train_seconds"] for m in members) / train_seconds
     return {
         "track": c.track, "overrides": overrides, "seed": c.seed, "val_loss": val_loss,
         "holdout_loss": curve[-1]["holdout_loss" + suffix],
         "val_bpb": val_loss / math.log(2) / bytes_per_token if bytes_per_token else None,
         "final_mixture": c.final_mixture, "members": members, "ensemble": curve,
-        "ngram": {f"{split}_loss": -float(np.mean(p, dtype=np.float64)) for split, p
-                  in (ngram or {}).items()},
+        "ngram": ngram,
         "data_efficiency": data_efficiency(val_loss, baseline, c.train_tokens),
         "time_limit_minutes": c.time_limit or None,
-        "over_time_limit": 0 < 60 * c.time_limit < train_seconds / side_by_side,
+        # chains on other processes train at the same time
+        "over_time_limit": 0 < 60 * c.time_limit < train_seconds * rt.world / processes(),
         "train_tokens": c.train_tokens, "train_seconds": round(train_seconds, 3),
         "wall_seconds": round(time.perf_counter() - start, 3),
         "compile_seconds": round(trainer.compile_seconds, 3),
         "eval_seconds": round(trainer.eval_seconds, 3),
         "tokens_per_second": round(average("tokens_per_second"), 1),
         "mfu": round(average("mfu"), 4) if members[0]["mfu"] else None,
-        "peak_memory_bytes": int(memory.max()), "processes": len(memory),
+        "peak_memory_bytes": int(memory.max()), "processes": processes(),
         "hardware": hardware_name(rt.device), "torch": torch.__version__, "commit": git_commit(),
         "data_sha256": data.hashes, "config": dataclasses.asdict(c)}
 
@@ -379,6 +368,24 @@ def generate(model, tokens, count, temperature=0.8, seed=1):
     return tokens
 
 
+def load_member(t, c, rt, data, folder, number):
+    """The GPT of a finished run's member, for rows of any length (SDPA takes them)."""
+    with rt.device:
+        model = t.GPT(c, rt.dtype).eval()
+    model.bos = data.bos
+    model.load_state_dict(load_file(folder / "members" / f"{number:03d}.safetensors"))
+    return model
+
+
+def finished_run(t, folder):
+    """(result, Config) of a finished run; UserError if there is none in `folder`."""
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return result, t.Config(**result["config"])
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"{folder}: no finished run there; name one with --run_id=") from None
+
+
 def sample_lines(t, c, rt, data, folder, members, count=120):
     """Lines of text from the member that is best on selection (on train if there is none)."""
     try:
@@ -387,10 +394,7 @@ def sample_lines(t, c, rt, data, folder, members, count=120):
         return ["", f"no sample: the tokenizer cannot be loaded ({type(error).__name__})"]
     key = "selection_loss" if data.selection else "train_loss"
     best = min(range(len(members)), key=lambda i: members[i][key]) + 1
-    with rt.device:
-        model = t.GPT(c, rt.dtype).eval()       # SDPA takes rows of any length
-    model.bos = data.bos
-    model.load_state_dict(load_file(folder / "members" / f"{best:03d}.safetensors"))
+    model = load_member(t, c, rt, data, folder, best)
     tokens = generate(model, [data.bos, *encoding.encode_ordinary(c.prompt)], count)
     paragraphs = encoding.decode(tokens[1:], errors="ignore").splitlines()
     return ["", f"member {best} writes (temperature 0.8):", "", *(
@@ -401,11 +405,8 @@ def sample_lines(t, c, rt, data, folder, members, count=120):
 def sample(t, c):
     """Print text of the best member of the finished run `c.run_id`."""
     folder = t.ROOT / c.runs_dir / c.run_id
-    try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        c = replace(t.Config(**result["config"]), prompt=c.prompt, device=c.device)
-    except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"{folder}: no finished run there; name one with --run_id=") from None
+    result, config = finished_run(t, folder)
+    c = replace(config, prompt=c.prompt, device=c.device)
     rt = t.start_runtime(c)
     data = t.load_dataset(ROOT / c.dataset, c)
     print("\n".join(sample_lines(t, c, rt, data, folder, result["members"])))
