@@ -1,18 +1,22 @@
 """What each technique is worth: records/ABLATIONS.md, made from runs of the `cpu` track.
 
     python records/ablate.py                    run what is missing, then write the table
+    python records/ablate.py --ensemble         the same of whole jobs, for the rows of ENSEMBLE
     python records/ablate.py --jobs=2           two runs side by side, one thread each
-    python records/ablate.py --only=xsa,iha     runs of some rows only, no table
+    python records/ablate.py --only=xsa,iha     runs of some rows only
     python records/ablate.py --write            no runs, only the table
 
-Each row flips one technique from the track's settings: off if the track has it, else on. A run is
-one member (or, with --ensemble, the whole job) for each of 3 seeds; a difference is paired by seed,
-on minus off. Finished runs are kept in runs/ablations and never repeated. Choices are made on the
-column `selection`; val is shown beside it.
+Each row flips one technique from the settings BASE: off if they have it, else on. A run is one
+member (or, with --ensemble, the whole job) for each of 3 seeds; a difference is paired by seed, on
+minus off. The losses of finished runs are lines of records/ablations.jsonl and are never measured
+again. Choices are made on the column `selection`; val is shown beside it.
 """
 import argparse
+import fcntl
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +26,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "ablations"
-TABLE = ROOT / "records" / "ABLATIONS.md"
+RESULTS, TABLE = ROOT / "records" / "ablations.jsonl", ROOT / "records" / "ABLATIONS.md"
 SEEDS = (1, 2, 3)
+BASE = ""       # flags that lead from the track's settings to those that are ablated
 
 # name: (fields when off, fields when on, the change of val loss that its authors measured)
 TECHNIQUES = {
@@ -80,45 +85,75 @@ TECHNIQUES = {
     "masked-input loss": ("masked_weight=0", "masked_weight=0.5", "arXiv 2606.06888"),
     "document masks": ("document_mask=false", "document_mask=true", "-0.009 (#67)"),
     "data subset of 80 %": ("subset_fraction=1", "subset_fraction=0.8", ""),
+    "layers 1-2 run 4 times": (
+        "loop_count=1", "loop_start=1 loop_end=2 loop_count=4 loop_from_epoch=4",
+        ""),
+    "chain distillation": ("kd_alpha=0", "kd_alpha=0.5", "-0.02 and more"),
+    "distillation at T=2": ("kd_temperature=1", "kd_temperature=2", ""),
+    "first member left out": ("include_first=true", "include_first=false", "in the unlimited track"),
+    "snapshots: members continue, perturbed": (
+        "continue_members=false", "continue_members=true num_epochs=4 first_epochs=8",
+        "in the unlimited track"),
 }
+# Rows whose whole job is run too, and those that a single member cannot show.
+ENSEMBLE_ONLY = ("chain distillation", "distillation at T=2", "first member left out",
+                 "snapshots: members continue, perturbed")
+ENSEMBLE = (*ENSEMBLE_ONLY, "weight decay", "sawtooth lr, probabilities of 3 epochs",
+            "value projections", "half RoPE and key offset", "dropout", "MTP block",
+            "three targets on one head", "meta-gradient", "EMA", "random token replacement",
+            "data subset of 80 %", "SwiGLU")
 
 
-def run_name(flags, seed, ensemble):
-    words = "_".join(flags.replace("=", "-").replace(":", ".").replace(",", ".").split())
-    return f"{'ensemble' if ensemble else 'member'}_{words or 'base'}_seed{seed}"
+def key_of(flags, seed, ensemble):
+    return {"base": BASE, "flags": flags, "seed": seed, "ensemble": ensemble}
+
+
+def finished(flags, seed, ensemble):
+    """(selection loss, val loss) of a finished run, or None."""
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    for line in map(json.loads, lines):
+        if key_of(flags, seed, ensemble).items() <= line.items():
+            return line["selection"], line["val"]
+    return None
 
 
 def train(job):
-    """Run the job (flags, seed, ensemble) unless it is done; its result, or None if it failed."""
+    """Run the job (flags, seed, ensemble, threads) unless it is done, and note its losses."""
     flags, seed, ensemble, threads = job
-    folder = RUNS / run_name(flags, seed, ensemble)
-    if not (folder / "result.json").exists():
-        command = [sys.executable, str(ROOT / "train_gpt.py"), "--track=cpu", f"--seed={seed}",
-                   f"--runs_dir={RUNS.relative_to(ROOT)}", f"--run_id={folder.name}",
-                   *([] if ensemble else ["--num_models=1"]), *(f"--{f}" for f in flags.split())]
-        for old in folder.glob("*.*"):          # of a run that was stopped
-            old.unlink()
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={
-            **os.environ, "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0"})
-        if done.returncode:
-            reason = (done.stderr.strip() or "killed").splitlines()[-1]
-            print(f"{folder.name}: {reason}", file=sys.stderr)
-            return None
-        print(folder.name, flush=True)
-    return json.loads((folder / "result.json").read_text())
-
-
-def losses(result, ensemble):
-    """(selection, val) of a run: its only member's, or the ensemble's with equal weights."""
-    point = result["ensemble"][-1] if ensemble else result["members"][0]
-    return point["selection_loss"], point["val_loss"]
+    if finished(flags, seed, ensemble):
+        return
+    digest = hashlib.sha256(json.dumps(key_of(*job[:3])).encode()).hexdigest()
+    name = f"{'ensemble' if ensemble else 'member'}_{digest[:12]}"
+    shutil.rmtree(RUNS / name, ignore_errors=True)
+    command = [sys.executable, str(ROOT / "train_gpt.py"), "--track=cpu", f"--seed={seed}",
+               f"--runs_dir={RUNS.relative_to(ROOT)}", f"--run_id={name}",
+               *([] if ensemble else ["--num_models=1"]),
+               *(f"--{flag}" for flag in f"{BASE} {flags}".split())]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={
+        **os.environ, "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0"})
+    if done.returncode:
+        print(f"{flags}: {(done.stderr.strip() or 'killed').splitlines()[-1]}", file=sys.stderr)
+        return
+    result = json.loads((RUNS / name / "result.json").read_text())
+    point = result["ensemble"][-1] if ensemble else result["members"][0]   # the equal mixture
+    line = key_of(flags, seed, ensemble) | {
+        "selection": round(point["selection_loss"], 5), "val": round(point["val_loss"], 5),
+        "train_seconds": result["train_seconds"], "commit": result["commit"]}
+    with open(RESULTS, "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(line) + "\n")
+    shutil.rmtree(RUNS / name)
+    print(json.dumps(line), flush=True)
 
 
 def is_on(flags, settings):
-    """Whether the track's settings have all of `flags`."""
+    """Whether `settings` have all of `flags`."""
     from train_gpt import make_config
-    changed = make_config("cpu", **dict(flag.split("=", 1) for flag in flags.split()))
-    return changed == settings
+    return make_config("cpu", **pairs(f"{BASE} {flags}")) == settings
+
+
+def pairs(flags):
+    return dict(flag.split("=", 1) for flag in flags.split())
 
 
 def main():
@@ -130,20 +165,20 @@ def main():
     parser.add_argument("--ensemble", action="store_true", help="whole jobs instead of one member")
     parser.add_argument("--write", action="store_true", help="only write the table")
     args = parser.parse_args()
-    settings, rows = make_config("cpu"), []
-    wanted = [part.lower() for part in args.only.split(",") if part]
+    settings, rows = make_config("cpu", **pairs(BASE)), []
     for name, (off, on, public) in TECHNIQUES.items():
-        if not wanted or any(part in name.lower() for part in wanted):
-            flipped = off if is_on(on, settings) else on
-            rows.append((name, flipped, flipped == on, public))
+        flipped = off if is_on(on, settings) else on
+        rows.append((name, flipped, flipped == on, public))
     if not args.write:
+        wanted = [part.lower() for part in args.only.split(",") if part]
+        chosen = [flags for name, flags, *_ in rows if (
+            any(part in name.lower() for part in wanted) if wanted else
+            name in ENSEMBLE if args.ensemble else name not in ENSEMBLE_ONLY)]
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
-        jobs = [(flags, seed, args.ensemble, threads)
-                for flags in ("", *(row[1] for row in rows)) for seed in SEEDS]
+        jobs = [(flags, seed, args.ensemble, threads) for seed in SEEDS for flags in ("", *chosen)]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(train, jobs))
-    if not wanted:
-        TABLE.write_text(table(rows), encoding="utf-8")
+    TABLE.write_text(table(rows), encoding="utf-8")
 
 
 INTRODUCTION = """# Ablations on the `cpu` track
@@ -156,20 +191,17 @@ at 100M tokens.
 """
 
 
-def difference(name_flags, flipped_on, ensemble):
-    """"-0.0123 ± 0.0010" for selection and val, on minus off, and the number of seeds, or None."""
-    pairs = []
-    for seed in SEEDS:
-        results = [RUNS / run_name(flags, seed, ensemble) / "result.json"
-                   for flags in ("", name_flags)]
-        if all(path.exists() for path in results):
-            base, flipped = (losses(json.loads(p.read_text()), ensemble) for p in results)
-            pairs.append(np.subtract(flipped, base) * (1 if flipped_on else -1))
-    if not pairs:
+def difference(flags, flipped_on, ensemble):
+    """("-0.0123 ± 0.0010" for selection and for val, on minus off; seeds), or None."""
+    runs = [(finished("", seed, ensemble), finished(flags, seed, ensemble)) for seed in SEEDS]
+    changes = [np.subtract(flipped, base) * (1 if flipped_on else -1)
+               for base, flipped in runs if base and flipped]
+    if not changes:
         return None
-    mean = np.mean(pairs, axis=0)
-    error = np.std(pairs, axis=0, ddof=1) / len(pairs) ** 0.5 if len(pairs) > 1 else [np.nan] * 2
-    return [f"{m:+.4f} ± {e:.4f}" for m, e in zip(mean, error)], len(pairs)
+    mean = np.mean(changes, axis=0)
+    error = np.std(changes, axis=0, ddof=1) / len(changes) ** 0.5 if len(changes) > 1 else (
+        [np.nan] * 2)
+    return [f"{m:+.4f} ± {e:.4f}" for m, e in zip(mean, error)], len(changes)
 
 
 def table(rows):
