@@ -127,7 +127,7 @@ def train(job):
     shutil.rmtree(RUNS / name, ignore_errors=True)
     command = [sys.executable, str(ROOT / "train_gpt.py"), "--track=cpu", f"--seed={seed}",
                f"--runs_dir={RUNS.relative_to(ROOT)}", f"--run_id={name}",
-               *([] if ensemble else ["--num_models=1"]),
+               "--eval_tokens=50000", *([] if ensemble else ["--num_models=1"]),
                *(f"--{flag}" for flag in f"{BASE} {flags}".split())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={
         **os.environ, "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0"})
