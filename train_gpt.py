@@ -27,6 +27,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from data.ngram import NGram
 from data.shards import UserError, load_dataset, refuse, write_json
-from records import plot, report
+from records import checkpoint, plot, report
+from records.settings import check_config, help_text, known, parse_arguments, parse_schedule
 
 # ==== Config and tracks =========================================================================
 ROOT = Path(__file__).resolve().parent
@@ -75,6 +77,11 @@ class Config:
     time_limit: float = opt(0.0, "minutes of training that the track allows; 0: any")
     log_steps: int = opt(5, "steps between readings of the loss, each a line of metrics.jsonl")
     log_seconds: float = opt(5.0, "seconds between progress lines when not on a terminal")
+    save_minutes: float = opt(5.0, "minutes between states to go on from; 0: at ends only")
+    allow_changed: bool = opt(False, "go on with a run though settings, source or data changed")
+    on_nonfinite: str = opt("stop", "if a step's loss or gradient is not finite", "stop", "skip")
+    max_skips: int = opt(3, "steps that a member may skip with on_nonfinite=skip")
+    hang_minutes: float = opt(30.0, "minutes that processes wait for each other", least=0.05)
 
     # ---- data
     dataset: str = opt("data/fineweb", "folder of *_train_*.bin, *_val_*.bin and meta.json")
@@ -252,12 +259,12 @@ PRESETS = {
 def make_config(track="cpu", **overrides):
     """The Config of `track` with `overrides` (values, or their text). UserError if unsound."""
     types = {f.name: type(f.default) for f in fields(Config)}
-    limits, changes = PRESETS[report.known(overrides.get("preset", ""), PRESETS, "preset")]
-    values = {**TRACKS[report.known(track, TRACKS, "track")], **changes}
+    limits, changes = PRESETS[known(overrides.get("preset", ""), PRESETS, "preset")]
+    values = {**TRACKS[known(track, TRACKS, "track")], **changes}
     for name, limit in limits.items():
         values[name] = min(limit, values.get(name, getattr(Config, name)))
     for name, value in overrides.items():
-        kind = types[report.known(name, types, "field")]
+        kind = types[known(name, types, "field")]
         if isinstance(value, str) and kind is not str:
             try:
                 value = kind(value) if kind is not bool else {
@@ -267,71 +274,8 @@ def make_config(track="cpu", **overrides):
                 raise UserError(f"--{name}={value}: must be {words}") from None
         values[name] = value
     config = Config(**{**values, "track": track})
-    check_config(config)
+    check_config(config, VALUE_GATE_CHANNELS)
     return config
-
-
-def check_config(c):
-    """UserError, in one line, for values that cannot work."""
-    heads = sorted((n for n in range(1, c.model_dim + 1) if c.model_dim % n == 0),
-                   key=lambda n: abs(n - c.num_heads))
-    problems = []
-    for f in fields(c):
-        v, rule = getattr(c, f.name), f.metadata
-        is_number = type(v) in (int, float)
-        problems += [
-            (type(v) is not type(f.default) and not (type(v) is int and type(f.default) is float),
-             f"--{f.name}={v}: must be of type {type(f.default).__name__}"),
-            (is_number and not math.isfinite(v), f"--{f.name}={v}: must be a finite number"),
-            (is_number and v < rule["least"], f"--{f.name}={v}: must be at least {rule['least']}"),
-            (is_number and v >= rule["below"], f"--{f.name}={v}: must be below {rule['below']:g}"),
-            (rule["choices"] and v not in rule["choices"], f"--{f.name}={v}: must be one of "
-             + ", ".join(choice or "(empty)" for choice in rule["choices"]))]
-    problems += [
-        (heads[0] != c.num_heads, f"--num_heads={c.num_heads} does not divide --model_dim="
-         f"{c.model_dim}; the nearest that does: {heads[0]}"),
-        (c.rope_base and c.model_dim // heads[0] % 2, f"--num_heads={c.num_heads}: rotary positions"
-         f" need an even width a head; --model_dim={c.model_dim} gives an odd one"),
-        (c.model_dim < VALUE_GATE_CHANNELS, f"--model_dim={c.model_dim}: must be at least"
-         f" {VALUE_GATE_CHANNELS}, the channels that the gates read"),
-        (c.loop_count > 1 and not c.loop_start <= c.loop_end < c.num_layers, f"--loop_start="
-         f"{c.loop_start} --loop_end={c.loop_end}: not a range of layers 0..{c.num_layers - 1}"),
-        (set(c.window_pattern) - set("SL"), f"--window_pattern={c.window_pattern}: only S and L"),
-        *((getattr(c, name) > 1, f"--{name}={getattr(c, name)}: must be at most 1")
-          for name in ("kd_alpha", "subset_fraction", "rope_fraction")),
-        (not c.kd_temperature, "--kd_temperature=0: must be positive"),
-        (c.lr_warmup + c.lr_warmdown > 1, "--lr_warmup and --lr_warmdown together exceed 1"),
-        (c.selection_tokens >= c.train_tokens, "--selection_tokens must be below --train_tokens"),
-        (c.num_models == 1 and not c.include_first, "--include_first=false leaves no member"),
-        (c.final_mixture != "uniform" and not c.selection_tokens,
-         f"--final_mixture={c.final_mixture} needs --selection_tokens"),
-        (c.final_mixture == "ngram" and not c.ngram_order,
-         "--final_mixture=ngram needs --ngram_order"),
-        (c.ngram_order and c.vocab_size > 1 << 16, "--ngram_order: tokens must be below 65,536"),
-        (c.eval_tokens == 1, "--eval_tokens=1: nothing is predicted; at least 2, or 0 for all"),
-        (c.average == "best" and not c.selection_tokens, "--average=best needs --selection_tokens"),
-        (not re.fullmatch(r"([A-Za-z0-9][\w.\-]*)?", c.run_id),
-         f"--run_id={c.run_id}: letters, digits, '.', '_' and '-' only, and no path")]
-    refuse(problems)
-    for name in ("wd_schedule", *filter(vars(c).get, ("second_weight", "third_weight"))):
-        parse_schedule(getattr(c, name), name)
-    if c.window_schedule:
-        growth = parse_schedule(c.window_schedule, "window_schedule", "0:0.25:0.5,0.5:0.5:1")
-        refuse([(not all(0 < part <= 1 for _, *parts in growth for part in parts),
-                 f"--window_schedule={c.window_schedule}: windows are parts of a row, 0 to 1")])
-
-
-def parse_schedule(text, name="schedule", example="0:1,0.5:0.1,1:0.9"):
-    """"0:1,1:2" -> [(0.0, 1.0), (1.0, 2.0)]; UserError if it is not like `example`."""
-    try:
-        points = [tuple(map(float, part.split(":"))) for part in text.split(",")]
-    except ValueError:
-        points = [(math.nan,)]
-    width = example.split(",")[0].count(":") + 1
-    refuse([((width == 3 and points[0][0] != 0) or any(len(point) != width or not all(
-        math.isfinite(n) and n >= 0 for n in point) for point in points),
-        f"--{name}={text}: must read like {example}")])
-    return points
 
 
 # ==== Runtime: processes, device, dtype, log ====================================================
@@ -401,7 +345,8 @@ def start_runtime(c):
         torch.set_num_threads(max(1, torch.get_num_threads() if local_world == 1 else
                                   os.cpu_count() // local_world))   # they share the cores
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                                timeout=timedelta(minutes=c.hang_minutes))
     dtype = getattr(torch, c.dtype if c.dtype != "auto" else
                     "bfloat16" if fast_bf16 else "float32")
     compiles = c.compile and (kind == "cuda" or kind == "cpu" and any(
@@ -463,14 +408,14 @@ class Rows:
         self.rows_per_epoch = -(-(self.tokens - 1) // seq_len)
         self.total_rows = self.rows_per_epoch * num_epochs
         self.num_steps = -(-self.total_rows // batch_rows)
-        self.epoch, self.stream, self.order = None, None, None
+        self.epoch, self.stream, self.order, self.document_order = None, None, None, None
 
     def load(self, epoch):
         """Shuffle and cut `epoch`, unless it is the present one."""
         if epoch != self.epoch:
             random, documents = np.random.default_rng((self.seed, epoch)), self.documents
-            order = random.permutation(len(documents))
-            self.stream = np.concatenate([documents[i] for i in order])
+            self.document_order = random.permutation(len(documents))
+            self.stream = np.concatenate([documents[i] for i in self.document_order])
             self.order, self.epoch = random.permutation(self.rows_per_epoch), epoch
 
     def step(self, step):
@@ -1282,12 +1227,26 @@ class Trainer:
         last = self.plan[-1]._replace(passes=3 * self.plan[-1].passes - 2)
         plain = replace(c, mtp_weight=0.0, masked_weight=0.0)
         self.teacher_flops, self.start = flops_per_token(plain, last) / 3, time.perf_counter()
+        self.chain, self.keeper, self.earlier_seconds = 0, None, 0.0   # of launches before this
 
     def new_model(self):
         with self.rt.device:
             model = GPT(self.c, self.rt.dtype, self.rt.attention)
         model.bos = self.data.bos
         return model
+
+    def new_optimizer(self):
+        rt = self.rt
+        return MuonAdamW(self.model.named_parameters(), self.c, rt.world, rt.rank, rt.dtype,
+                         rt.group)
+
+    def clocks(self):
+        """[compile, evaluation, wall] seconds of the run so far."""
+        return [self.compile_seconds, self.eval_seconds,
+                time.perf_counter() - self.start + self.earlier_seconds]
+
+    def requests(self):
+        return self.keeper.requests() if self.keeper else [0.0, 0.0]
 
     @contextlib.contextmanager
     def first_time(self, *key):
@@ -1408,18 +1367,18 @@ class Trainer:
                     p += strength * p.std(correction=0) * noise
         else:
             model.init_weights(seed)
-            self.optimizer = MuonAdamW(model.named_parameters(), c, rt.world, rt.rank, rt.dtype,
-                                       rt.group)
+            self.optimizer = self.new_optimizer()
         torch.manual_seed(7919 * seed + rt.rank)                # dropout differs between ranks
 
-    def train_member(self, k, chain=0):
+    def train_member(self, k, chain=0, state=None):
         """Train member k (from 1) of a chain, taught by the one before, still in self.model.
 
-        Returns Meter.facts() and {split: log p(target)}; self.model has the member's weights.
+        state: of checkpoint.Keeper, from which training goes on. Returns Meter.facts() and
+        {split: log p(target)}; self.model has the member's weights.
         """
         rt, distill = self.rt, self.teacher is not None and k >= max(2, self.c.kd_from)
         c = replace(self.c, num_epochs=self.c.epochs_of(k), batch_rows=self.c.rows_of(k))
-        seed = 1000 * c.seed + chain * c.num_models + k
+        seed, self.chain = 1000 * c.seed + chain * c.num_models + k, chain
         if distill:
             self.teacher.load_state_dict(self.model.state_dict())
         self.start_member(c, seed, k)
@@ -1427,7 +1386,8 @@ class Trainer:
                     c.batch_rows, c.num_epochs, seed, self.data.bos)
         flops = {s: count + distill * self.teacher_flops for s, count in self.flops.items()}
         meter, averages = report.Meter(self, k, rows, flops), Averages(c, self.model, rows)
-        for step in range(rows.num_steps):
+        first = checkpoint.restore(self, state, meter, averages) if state else 0
+        for step in range(first, rows.num_steps):
             progress = step / rows.num_steps
             stage = [stage for stage in self.plan if stage.start <= progress][-1]
             if stage != self.model.stage:
@@ -1435,10 +1395,16 @@ class Trainer:
             inputs, targets = rows.step(step)
             with self.first_time("step", stage, distill) as new:
                 sums = self.gradients(inputs, targets, progress, distill)
-                self.optimizer.step(lr_multiplier(c, progress),
-                                    piecewise_linear(c.wd_schedule, progress), momentum_at(c, step))
-            meter.update(step, sums, stage, lr_multiplier(c, progress), new)
+                if checkpoint.is_finite(self, sums, meter, rows, step):
+                    self.optimizer.step(
+                        lr_multiplier(c, progress), piecewise_linear(c.wd_schedule, progress),
+                        momentum_at(c, step))
+            due, stop = meter.update(step, sums, stage, lr_multiplier(c, progress), new)
             averages.update(step, self.score_splits)
+            if self.keeper and (due or stop or step + 1 == rows.num_steps):
+                self.keeper.save(k, step + 1, meter, averages)
+            if stop:
+                self.keeper.stop(k, step + 1)
         rt.synchronize()
         facts = meter.facts()
         facts["average"], scores = averages.finish(self.score_splits)
@@ -1498,22 +1464,34 @@ def micro_batch_rows(c, world):
     return micro
 
 
-def train_chain(trainer, chain):
-    """Train the members of one chain; returns (their facts, their scores)."""
+def train_chain(trainer, chain, signals):
+    """Train the members of one chain that are not finished; returns (their facts, their scores)."""
     c, rt, log, members, scores = trainer.c, trainer.rt, trainer.log, [], []
+    trainer.keeper = keeper = checkpoint.Keeper(trainer, chain, signals)
+    first = chain * c.num_models            # members before this chain's
+    state, ready = keeper.load(), True      # ready: the member before is in trainer.model
     for k in range(1, c.num_models + 1):
-        facts, logp = trainer.train_member(k, chain)
-        members.append({f"{split}_loss": mean_loss(p) for split, p in logp.items()} | facts)
-        if rt.rank:             # one process of a chain remembers and writes
-            continue
-        weights = {name: p.detach().cpu() for name, p in trainer.model.named_parameters()}
-        report.save_member(log.folder / "members", chain * c.num_models + k, weights, logp)
+        done = keeper.finished(first + k)
+        if done is None:
+            if not ready:
+                keeper.load_weights(first + k - 1, state, k - 1)
+            facts, logp = trainer.train_member(k, chain, keeper.of(state, k))
+            facts |= {f"{split}_loss": mean_loss(p) for split, p in logp.items()}
+            keeper.save_member(first + k, logp, facts)
+        else:
+            facts, logp = done
+        ready = done is None
+        members.append(facts)
         scores.append(logp)
-        single, kept = members[-1]["val_loss"], [m["val"] for m in kept_members(scores, c)]
+        if rt.rank:             # one process of a chain writes
+            continue
+        single, kept = facts["val_loss"], [m["val"] for m in kept_members(scores, c)]
         mixed = mean_loss(mixture_logp(kept)) if kept else float("nan")
-        log.metrics(member=k, val_loss=single, ensemble=len(kept), ensemble_val_loss=mixed)
-        log.say(f"member {k}/{c.num_models} done in {report.minutes(facts['train_seconds'])}: val"
-                f" loss {single:.4f}, ensemble of {len(kept)}: {mixed:.4f}")
+        log.metrics(chain=chain, member=k, val_loss=single, ensemble=len(kept),
+                    ensemble_val_loss=mixed)
+        log.say(f"member {k}/{c.num_models} {'done' if ready else 'was done'} in"
+                f" {report.minutes(facts['train_seconds'])}: val loss {single:.4f}, ensemble of"
+                f" {len(kept)}: {mixed:.4f}")
     return members, scores
 
 
@@ -1521,17 +1499,20 @@ def run(c, overrides):
     """Train the members, write the run's folder, print the table; returns the result on rank 0."""
     start, rt = time.perf_counter(), start_runtime(c)
     micro = micro_batch_rows(c, rt.world)
-    data, folder = load_dataset(ROOT / c.dataset, c), [report.run_folder(c)]
-    if dist.is_initialized():   # its name holds the time; all look before one makes it
-        dist.broadcast_object_list(folder)
-    folder, = folder
+    data = load_dataset(ROOT / c.dataset, c)
+    claimed = checkpoint.claim(c, report.run_folder(c), data.hashes, rt.is_main)
+    folder, began, changes, lock = claimed
+    if (folder / "result.json").exists() and not changes:
+        return report.show_finished(sys.modules[__name__], folder, rt.is_main)
     log = report.Log(folder, rt.is_main, c.log_seconds)
     trainer, ngram = Trainer(c, rt, log, data), None
     if c.ngram_order and rt.is_main:
         ngram = NGram(np.concatenate(data.train), c.vocab_size, data.bos, c.ngram_order).score(data)
     rows = Rows(data.train, c.seq_len, c.batch_rows, c.num_epochs, c.seed, data.bos)
-    report.announce(trainer, overrides, rows, micro)
-    parts = [train_chain(trainer, chain) for chain in rt.chains]
+    report.announce(trainer, overrides, rows, micro, not began, changes)
+    with checkpoint.Signals() as signals:
+        parts = [train_chain(trainer, chain, signals) for chain in rt.chains]
+    trainer.keeper.wait()
     if rt.across is not None:   # the chains of other processes
         mine, parts = parts[0], [None] * c.num_chains
         dist.all_gather_object(parts, mine, group=rt.across)
@@ -1548,6 +1529,8 @@ def run(c, overrides):
         for line in report.closing_lines(sys.modules[__name__], c, rt, data, folder, result):
             log.say(line)
         log.say("RESULT " + json.dumps(result), console=False)
+        shutil.rmtree(folder / "states", ignore_errors=True)
+        lock.close()
     rt.barrier()
     return result
 
@@ -1555,10 +1538,10 @@ def run(c, overrides):
 # ==== Commands beyond training ==================================================================
 def dispatch(argv):
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
-    report.known(command, ("train", "baseline", "sample", "check"), "command")
+    known(command, ("train", "baseline", "sample", "check"), "command")
     if {"--help", "-h"} & set(argv):
-        return print(report.help_text(__doc__, fields(Config), TRACKS))
-    arguments = report.parse_arguments(argv)
+        return print(help_text(__doc__, fields(Config), TRACKS))
+    arguments = parse_arguments(argv)
     c = make_config(**arguments)
     overrides = {name: getattr(c, name) for name in arguments if name != "track"}
     if command == "train":
@@ -1571,15 +1554,19 @@ def dispatch(argv):
     else:
         micro_batch_rows(c, chain_processes(c, int(os.environ.get("WORLD_SIZE", 1))))
         load_dataset(ROOT / c.dataset, c)
-        report.run_folder(c)
         print(f"track {c.track}: settings and dataset {c.dataset} are sound")
 
 
 def main(argv=None):
-    """Run a command; returns the exit code: 0, or 2 for what a person can mend."""
+    """Run a command; returns the exit code: 0, 2 for what a person can mend, 128 + a signal."""
     try:
         dispatch(list(sys.argv[1:] if argv is None else argv))
         return 0
+    except (checkpoint.Stopped, KeyboardInterrupt) as stop:
+        message, code = stop.args or ("stopped at once; what was saved last goes on", 130)
+        if os.environ.get("RANK", "0") == "0":
+            print(message, file=sys.stderr)
+        return code
     except (UserError, RuntimeError, OSError, FloatingPointError) as error:
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message:

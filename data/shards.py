@@ -61,10 +61,19 @@ def read_shard(path, vocab_size=None, sha256=None, begins_with_bos=False):
 
 
 def write_whole(path, write):
-    """Let `write` fill a file beside `path`, then rename it, so that `path` is never half there."""
+    """Let `write` fill a file beside `path`, flush it to the disk, then rename it.
+
+    So `path` is never half there, whatever happens; of a failure nothing is left.
+    """
     beside = path.with_suffix(".tmp")
-    write(beside)
-    beside.replace(path)
+    try:
+        write(beside)
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path, value):
@@ -85,8 +94,6 @@ def write_shard(path, tokens, vocab_size, bos_id):
         with open(beside, "wb") as file:
             file.write(header.tobytes())
             file.write(tokens.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, write)

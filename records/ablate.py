@@ -90,10 +90,10 @@ TECHNIQUES = {
         ""),
     "chain distillation": ("kd_alpha=0", "kd_alpha=0.5", "-0.02 and more"),
     "distillation at T=2": ("kd_temperature=1", "kd_temperature=2", ""),
-    "first member left out": ("include_first=true", "include_first=false", "in the unlimited track"),
+    "first member left out": ("include_first=true", "include_first=false", "in unlimited"),
     "snapshots: members continue, perturbed": (
         "continue_members=false", "continue_members=true num_epochs=4 first_epochs=8",
-        "in the unlimited track"),
+        "in unlimited"),
 }
 # Rows whose whole job is run too, and those that a single member cannot show.
 ENSEMBLE_ONLY = ("chain distillation", "distillation at T=2", "first member left out",

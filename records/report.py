@@ -4,8 +4,8 @@ runs/<id>/log.txt begins with the sources and all that reproduces the run, then 
 lines, and ends with `RESULT {json}`; metrics.jsonl has a line for every few steps. `t` is the
 module train_gpt.
 """
+import contextlib
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from data.shards import GPT2_VOCAB, UserError, refuse, write_whole
+from data.shards import GPT2_VOCAB, UserError, write_whole
+from records.checkpoint import SOURCES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,8 +66,8 @@ class Log:
         self.terminal, self.live, self.last = sys.stdout.isatty(), False, 0.0
         if active:
             (folder / "members").mkdir(parents=True, exist_ok=True)
-            self.text = open(folder / "log.txt", "w", encoding="utf-8")
-            self.numbers = open(folder / "metrics.jsonl", "w", encoding="utf-8")
+            self.text = open(folder / "log.txt", "a", encoding="utf-8")
+            self.numbers = open(folder / "metrics.jsonl", "a", encoding="utf-8")
 
     def say(self, text, console=True):
         """A line for log.txt and the console."""
@@ -90,6 +91,20 @@ class Log:
             self.say(" ".join(f"{name}:{value:.6g}" for name, value in numbers.items()), False)
             print(json.dumps(numbers), file=self.numbers, flush=True)
 
+    def rewind(self, chain, k, step):
+        """Forget the metrics of member k after `step` steps, which will come again."""
+        if not self.active:
+            return
+        path, kept = self.folder / "metrics.jsonl", []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            with contextlib.suppress(ValueError):       # a line that was cut off
+                n = json.loads(line)
+                if (n["chain"], n["member"]) != (chain, k) or n.get("step", math.inf) <= step:
+                    kept.append(line)
+        self.numbers.close()
+        write_whole(path, lambda beside: beside.write_text("".join(kept), encoding="utf-8"))
+        self.numbers = open(path, "a", encoding="utf-8")
+
 
 def git_commit():
     """Hash of HEAD, with "-dirty" behind it if tracked files differ; "unknown" without git."""
@@ -101,16 +116,17 @@ def git_commit():
         return "unknown"
 
 
-def announce(trainer, overrides, rows, micro):
+def announce(trainer, overrides, rows, micro, is_new, changes):
     """Log what reproduces the run (sources, versions, settings); tell what is about to run.
 
-    rows: the Rows of a member; micro: rows of a micro-batch.
+    rows: the Rows of a member; micro: rows of a micro-batch; is_new: the log has no sources yet;
+    changes: lines on what is other than at the run's begin.
     """
     c, rt, log, data, model = (getattr(trainer, name) for name in "c rt log data model".split())
     facts = dict(commit=git_commit(), python=platform.python_version(), torch=torch.__version__,
                  numpy=np.__version__, hardware=hardware_name(rt.device), processes=processes(),
                  data_sha256=data.hashes, overrides=overrides, config=dataclasses.asdict(c))
-    for source in ("train_gpt.py", "data/shards.py", "data/ngram.py", "records/report.py"):
+    for source in SOURCES if is_new or changes else ():
         text = (ROOT / source).read_text(encoding="utf-8")
         log.say(f"{text}\n{'=' * 40} end of {source}", console=False)
     for key, value in facts.items():
@@ -133,7 +149,7 @@ def announce(trainer, overrides, rows, micro):
             f"machine   {facts['hardware']}; torch {torch.__version__} on {rt.device.type},"
             f" {str(rt.dtype).removeprefix('torch.')}, attention {rt.attention}, compile"
             f" {'on' if rt.compile else 'off'}",
-            f"folder    {log.folder}", *data.notes, *rt.notes, ""):
+            f"folder    {log.folder}", *data.notes, *rt.notes, *changes, ""):
         log.say(line)
 
 
@@ -145,23 +161,37 @@ class Meter:
         self.trainer, self.k, self.rows, self.recent = trainer, k, rows, []
         self.start = time.perf_counter() - self.uncounted()
         self.steps, self.flops, self.loss = 0, 0.0, float("nan")    # of steps that compiled nothing
+        self.skipped = 0            # steps that were not finite
         self.step_tokens, self.flops_per_token = rows.batch_rows * rows.seq_len, flops
 
     def uncounted(self):
         """Seconds so far of compilation and evaluation, which stop the clock."""
         return self.trainer.compile_seconds + self.trainer.eval_seconds
 
+    def seconds(self):
+        return max(1e-9, time.perf_counter() - self.uncounted() - self.start)
+
+    def state(self):
+        return {"steps": self.steps, "flops": self.flops, "loss": self.loss,
+                "seconds": self.seconds()}
+
+    def restore(self, state):
+        self.steps, self.flops, self.loss = state["steps"], state["flops"], state["loss"]
+        self.start = time.perf_counter() - self.uncounted() - state["seconds"]
+
     def facts(self):
         """Seconds without compilation, tokens/s and MFU (None: unknown peak) of all devices."""
-        rt = self.trainer.rt
-        seconds = max(1e-9, time.perf_counter() - self.uncounted() - self.start)
+        rt, seconds = self.trainer.rt, self.seconds()
         peak = peak_flops(rt.device)
         return {"train_loss": self.loss, "train_seconds": round(seconds, 3),
                 "tokens_per_second": round(self.steps * self.step_tokens / seconds, 1),
                 "mfu": round(self.flops / seconds / peak / rt.world, 4) if peak else None}
 
     def update(self, step, sums, stage, lr, compiled):
-        """After each step; reads the losses (which waits for the device) every log_steps steps."""
+        """After each step; reads the losses (which waits for the device) every log_steps steps.
+
+        Returns whether (a state is due, a signal asks to stop), the same on all processes.
+        """
         c, rt, rows, k = self.trainer.c, self.trainer.rt, self.rows, self.k
         self.recent.append(sums)
         if not compiled:
@@ -169,17 +199,19 @@ class Meter:
             self.flops += self.flops_per_token[stage] * self.step_tokens
         last = step + 1 == rows.num_steps
         if (step + 1) % c.log_steps and not last:
-            return
-        self.loss, kl = rt.sum(torch.stack(self.recent).mean(dim=0)).tolist()
+            return False, False
+        asked = torch.tensor(self.trainer.requests(), device=rt.device)
+        self.loss, kl, due, stop = rt.sum(
+            torch.cat((torch.stack(self.recent).mean(dim=0), asked))).tolist()
         self.recent = []
         if not math.isfinite(self.loss):
-            raise FloatingPointError(f"member {k}, step {step + 1}: the loss is {self.loss}; lower"
-                                     " --matrix_lr, --embed_lr or --head_lr")
+            raise FloatingPointError(f"member {k}, step {step + 1}: the loss is {self.loss};"
+                                     " lower --matrix_lr, --embed_lr or --head_lr")
         facts, epoch = self.facts(), min(rows.epoch_of(step + 1), c.epochs_of(k))
         speed = facts["tokens_per_second"]
         self.trainer.log.metrics(
-            member=k, step=step + 1, epoch=round(epoch, 3), train_loss=self.loss, kl=kl,
-            lr_multiplier=lr, tokens_per_second=speed,
+            chain=self.trainer.chain, member=k, step=step + 1, epoch=round(epoch, 3),
+            train_loss=self.loss, kl=kl, lr_multiplier=lr, tokens_per_second=speed,
             seconds=round(time.perf_counter() - self.trainer.start, 3))
         an_epoch = facts["train_seconds"] / max(1, self.steps) * rows.num_steps / c.epochs_of(k)
         left = (c.epochs_of(k) - epoch) * an_epoch
@@ -190,6 +222,7 @@ class Meter:
             f"{c.epochs_of(k)}  loss {self.loss:.3f}{f'  kl {kl:.3f}' if kl else ''}  {speed:,.0f}"
             f" tok/s  MFU {percent(facts['mfu'])}  left {minutes(left)}, run"
             f" {minutes(left + later)}", always=last)
+        return due > 0, stop > 0
 
 
 def percent(fraction):
@@ -200,51 +233,10 @@ def minutes(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def save_member(folder, number, weights, scores):
-    """Write <number>.safetensors, the weights, and <number>.logp.safetensors, log p by split."""
-    logp = {split: torch.from_numpy(values) for split, values in scores.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind, tensors in (("", weights), (".logp", logp)):
-        write_whole(folder / f"{number:03d}{kind}.safetensors",
-                    lambda beside, tensors=tensors: save_file(tensors, beside))
-
-
 def run_folder(c):
-    """The folder of the run, not yet made; UserError if there is a run in it."""
+    """The folder of the run, named by run_id; without it by track, time and seed."""
     name = c.run_id or f"{c.track}_{time.strftime('%Y-%m-%d_%H-%M-%S')}_seed{c.seed}"
-    folder = ROOT / c.runs_dir / name
-    refuse([((folder / "log.txt").exists(), f"{folder} has a run; choose another --run_id")])
-    return folder
-
-
-def known(name, names, kind):
-    """`name`, if it is one of `names`; else UserError with the nearest."""
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else "there are: " + ", ".join(sorted(names))
-        raise UserError(f"unknown {kind} {name!r}; {hint}")
-    return name
-
-
-def parse_arguments(argv):
-    """["--field=value", ...] -> {field: text of the value}."""
-    pairs = [argument.removeprefix("--").partition("=") for argument in argv]
-    refuse([(not argument.startswith("--") or not equals,
-             f"{argument!r} is not --field=value (--help lists the fields)")
-            for argument, (_, equals, _) in zip(argv, pairs)])
-    return {name: text for name, _, text in pairs}
-
-
-def help_text(contract, fields, tracks):
-    """The text of --help: the script's docstring, its fields and its tracks."""
-    lines = [contract, "Fields (--field=value), with the default of no track:", ""]
-    for f in fields:
-        choices = ", ".join(choice or "(empty)" for choice in f.metadata["choices"])
-        lines.append(f"  --{f.name}={f.default}".ljust(34) + " " + f.metadata["help"]
-                     + (f" ({choices})" if choices else ""))
-    for track, changes in tracks.items():
-        lines.append(f"\nTrack {track}: " + " ".join(f"{k}={v}" for k, v in changes.items()))
-    return "\n".join(lines)
+    return ROOT / c.runs_dir / name
 
 
 def equivalent_tokens(loss, curve):
@@ -297,7 +289,7 @@ def summarize(trainer, members, curve, ngram, memory, overrides, start):
         # chains on other processes train at the same time
         "over_time_limit": 0 < 60 * c.time_limit < train_seconds * rt.world / processes(),
         "train_tokens": c.train_tokens, "train_seconds": round(train_seconds, 3),
-        "wall_seconds": round(time.perf_counter() - start, 3),
+        "wall_seconds": round(time.perf_counter() - start + trainer.earlier_seconds, 3),
         "compile_seconds": round(trainer.compile_seconds, 3),
         "eval_seconds": round(trainer.eval_seconds, 3),
         "tokens_per_second": round(average("tokens_per_second"), 1),
@@ -305,6 +297,14 @@ def summarize(trainer, members, curve, ngram, memory, overrides, start):
         "peak_memory_bytes": int(memory.max()), "processes": processes(),
         "hardware": hardware_name(rt.device), "torch": torch.__version__, "commit": git_commit(),
         "data_sha256": data.hashes, "config": dataclasses.asdict(c)}
+
+
+def show_finished(t, folder, is_main):
+    """Print the table of a run that is finished; returns its result."""
+    result, c = finished_run(t, folder)
+    if is_main:
+        print("\n".join([f"{folder}: this run is finished", "", *table(t, c, result)]))
+    return result
 
 
 def closing_lines(t, c, rt, data, folder, result):

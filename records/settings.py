@@ -1,0 +1,100 @@
+"""Settings as a person types them: the command line, --help, schedules, and what cannot work."""
+import difflib
+import math
+import re
+from dataclasses import fields
+
+from data.shards import UserError, refuse
+
+
+def known(name, names, kind):
+    """`name`, if it is one of `names`; else UserError with the nearest."""
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else "there are: " + ", ".join(sorted(names))
+        raise UserError(f"unknown {kind} {name!r}; {hint}")
+    return name
+
+
+def parse_arguments(argv):
+    """["--field=value", ...] -> {field: text of the value}."""
+    pairs = [argument.removeprefix("--").partition("=") for argument in argv]
+    refuse([(not argument.startswith("--") or not equals,
+             f"{argument!r} is not --field=value (--help lists the fields)")
+            for argument, (_, equals, _) in zip(argv, pairs)])
+    return {name: text for name, _, text in pairs}
+
+
+def help_text(contract, fields, tracks):
+    """The text of --help: the script's docstring, its fields and its tracks."""
+    lines = [contract, "Fields (--field=value), with the default of no track:", ""]
+    for f in fields:
+        choices = ", ".join(choice or "(empty)" for choice in f.metadata["choices"])
+        lines.append(f"  --{f.name}={f.default}".ljust(34) + " " + f.metadata["help"]
+                     + (f" ({choices})" if choices else ""))
+    for track, changes in tracks.items():
+        lines.append(f"\nTrack {track}: " + " ".join(f"{k}={v}" for k, v in changes.items()))
+    return "\n".join(lines)
+
+
+def check_config(c, gate_channels):
+    """UserError, in one line, for values that cannot work. gate_channels: that the gates read."""
+    heads = sorted((n for n in range(1, c.model_dim + 1) if c.model_dim % n == 0),
+                   key=lambda n: abs(n - c.num_heads))
+    problems = []
+    for f in fields(c):
+        v, rule = getattr(c, f.name), f.metadata
+        is_number = type(v) in (int, float)
+        problems += [
+            (type(v) is not type(f.default) and not (type(v) is int and type(f.default) is float),
+             f"--{f.name}={v}: must be of type {type(f.default).__name__}"),
+            (is_number and not math.isfinite(v), f"--{f.name}={v}: must be a finite number"),
+            (is_number and v < rule["least"], f"--{f.name}={v}: must be at least {rule['least']}"),
+            (is_number and v >= rule["below"], f"--{f.name}={v}: must be below {rule['below']:g}"),
+            (rule["choices"] and v not in rule["choices"], f"--{f.name}={v}: must be one of "
+             + ", ".join(choice or "(empty)" for choice in rule["choices"]))]
+    problems += [
+        (heads[0] != c.num_heads, f"--num_heads={c.num_heads} does not divide --model_dim="
+         f"{c.model_dim}; the nearest that does: {heads[0]}"),
+        (c.rope_base and c.model_dim // heads[0] % 2, f"--num_heads={c.num_heads}: rotary positions"
+         f" need an even width a head; --model_dim={c.model_dim} gives an odd one"),
+        (c.model_dim < gate_channels, f"--model_dim={c.model_dim}: must be at least"
+         f" {gate_channels}, the channels that the gates read"),
+        (c.loop_count > 1 and not c.loop_start <= c.loop_end < c.num_layers, f"--loop_start="
+         f"{c.loop_start} --loop_end={c.loop_end}: not a range of layers 0..{c.num_layers - 1}"),
+        (set(c.window_pattern) - set("SL"), f"--window_pattern={c.window_pattern}: only S and L"),
+        *((getattr(c, name) > 1, f"--{name}={getattr(c, name)}: must be at most 1")
+          for name in ("kd_alpha", "subset_fraction", "rope_fraction")),
+        (not c.kd_temperature, "--kd_temperature=0: must be positive"),
+        (c.lr_warmup + c.lr_warmdown > 1, "--lr_warmup and --lr_warmdown together exceed 1"),
+        (c.selection_tokens >= c.train_tokens, "--selection_tokens must be below --train_tokens"),
+        (c.num_models == 1 and not c.include_first, "--include_first=false leaves no member"),
+        (c.final_mixture != "uniform" and not c.selection_tokens,
+         f"--final_mixture={c.final_mixture} needs --selection_tokens"),
+        (c.final_mixture == "ngram" and not c.ngram_order,
+         "--final_mixture=ngram needs --ngram_order"),
+        (c.ngram_order and c.vocab_size > 1 << 16, "--ngram_order: tokens must be below 65,536"),
+        (c.eval_tokens == 1, "--eval_tokens=1: nothing is predicted; at least 2, or 0 for all"),
+        (c.average == "best" and not c.selection_tokens, "--average=best needs --selection_tokens"),
+        (not re.fullmatch(r"([A-Za-z0-9][\w.\-]*)?", c.run_id),
+         f"--run_id={c.run_id}: letters, digits, '.', '_' and '-' only, and no path")]
+    refuse(problems)
+    for name in ("wd_schedule", *filter(vars(c).get, ("second_weight", "third_weight"))):
+        parse_schedule(getattr(c, name), name)
+    if c.window_schedule:
+        growth = parse_schedule(c.window_schedule, "window_schedule", "0:0.25:0.5,0.5:0.5:1")
+        refuse([(not all(0 < part <= 1 for _, *parts in growth for part in parts),
+                 f"--window_schedule={c.window_schedule}: windows are parts of a row, 0 to 1")])
+
+
+def parse_schedule(text, name="schedule", example="0:1,0.5:0.1,1:0.9"):
+    """"0:1,1:2" -> [(0.0, 1.0), (1.0, 2.0)]; UserError if it is not like `example`."""
+    try:
+        points = [tuple(map(float, part.split(":"))) for part in text.split(",")]
+    except ValueError:
+        points = [(math.nan,)]
+    width = example.split(",")[0].count(":") + 1
+    refuse([((width == 3 and points[0][0] != 0) or any(len(point) != width or not all(
+        math.isfinite(n) and n >= 0 for n in point) for point in points),
+        f"--{name}={text}: must read like {example}")])
+    return points
