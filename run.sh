@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up and launch.   ./run.sh [--field=value ...]   ·   ./run.sh COMMAND ...   ·   ./run.sh test
-# COMMAND is one of train_gpt.py's (baseline, sample, check); --help lists the fields.
+# COMMAND is one of train_gpt.py's (baseline, sample, check, bench); --help lists the fields.
+# bench is one process here; N of them: .venv/bin/torchrun --nproc_per_node=N train_gpt.py bench ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

@@ -9,6 +9,7 @@ may be seen, as often as one likes, and the lowest loss on unseen text wins.
     python train_gpt.py baseline --track=cpu            the plain models that we compare against
     python train_gpt.py sample --run_id=NAME --prompt="It was"      text from a finished run
     python train_gpt.py check --track=mini              validate settings and data, train nothing
+    python train_gpt.py bench --track=mini              seconds, MFU and memory of a step; no data
     python train_gpt.py --help                          every field: default, unit, meaning
 
 Rules of a record: the result is one number declared in advance (the mixture of all members after
@@ -1538,7 +1539,7 @@ def run(c, overrides):
 # ==== Commands beyond training ==================================================================
 def dispatch(argv):
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
-    known(command, ("train", "baseline", "sample", "check"), "command")
+    known(command, ("train", "baseline", "sample", "check", "bench"), "command")
     if {"--help", "-h"} & set(argv):
         return print(help_text(__doc__, fields(Config), TRACKS))
     arguments = parse_arguments(argv)
@@ -1546,9 +1547,10 @@ def dispatch(argv):
     overrides = {name: getattr(c, name) for name in arguments if name != "track"}
     if command == "train":
         run(c, overrides)
-    elif command == "baseline":
-        from records.baseline import measure_baseline
-        measure_baseline(sys.modules[__name__], c, overrides)
+    elif command in ("baseline", "bench"):
+        from records import baseline, bench
+        measure = baseline.measure_baseline if command == "baseline" else bench.bench
+        measure(sys.modules[__name__], c, overrides)
     elif command == "sample":
         report.sample(sys.modules[__name__], c)
     else:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -28,10 +29,10 @@ from records.checkpoint import SOURCES
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Dense bf16 peak of a device, FLOP/s, by a part of its name: NVIDIA's data sheets.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
-              "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 5090": 209.5e12,
-              "RTX 4090": 165.2e12}
+# Dense bf16 peak of a device, FLOP/s, by whole words of its name: NVIDIA's data sheets.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12,
+              "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "GB200": 2500e12, "A100": 312e12,
+              "L40S": 362e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12}
 
 
 def hardware_name(device):
@@ -41,9 +42,12 @@ def hardware_name(device):
 
 
 def peak_flops(device):
-    """FLOP/s of one device, or None if unknown (MFU is then n/a)."""
+    """FLOP/s of one device, or None (MFU is then n/a): unknown, or a slice or lesser namesake."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    if re.search(r"\b(MIG|Laptop|Max-Q|D)\b", name):
+        return None
+    return next((peak for part, peak in PEAK_FLOPS.items()
+                 if re.search(rf"\b{part}\b", name)), None)
 
 
 def peak_memory(device):

@@ -862,6 +862,8 @@ def test_run_sh_passes_arguments_on(tree):
     assert tree("baseline", "--track=cpu")[2][-1] == launched(1, "baseline", "--track=cpu")
     assert tree("sample", "--run_id=x", "--prompt=It was", gpus=1) == (
         0, "", ["<train_gpt.py><sample><--run_id=x><--prompt=It was>"])
+    assert tree("bench", "--loss_chunk=64", gpus=1)[2] == [    # no data, one process
+        "<train_gpt.py><bench><--track=mini><--loss_chunk=64>"]
     for flag in ("--help", "-h"):
         assert tree(flag, gpus=1) == (0, "", ["<train_gpt.py><--help>"])
 
