@@ -74,6 +74,7 @@ class Config:
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 if it is fast",
                      "auto", "bfloat16", "float32")
     compile: bool = opt(True, "use torch.compile (where a compiler is found)")
+    compile_model: bool = opt(True, "compile the model too, not only the loss")
     prompt: str = opt("", "text that the command `sample` continues")
     time_limit: float = opt(0.0, "minutes of training that the track allows; 0: any")
     log_steps: int = opt(5, "steps between readings of the loss, each a line of metrics.jsonl")
@@ -212,7 +213,8 @@ TRACKS = {
         ngram_order=4, final_mixture="ngram", kd_alpha=0.5, num_layers=4, model_dim=128,
         num_heads=4, mlp_multiple=32, window_pattern="L", softcap=15.0,
         matrix_lr=0.04, embed_lr=0.1, head_lr=0.003, x0_lr=0.02, scalar_lr=0.002,
-        weight_decay=1.0, momentum_steps=100, lr_warmdown=0.4, lr_power=1.0, loss_chunk=1024),
+        weight_decay=1.0, momentum_steps=100, lr_warmdown=0.4, lr_power=1.0, loss_chunk=1024,
+        compile_model=False),   # costs 40 s and gains nothing at this width
     "mini": dict(
         train_tokens=4_000_000, selection_tokens=60_000, time_limit=15, seq_len=1024, batch_rows=64,
         device_batch_size=32, num_models=4, num_epochs=16, kd_alpha=0.5, num_layers=12,
@@ -1217,8 +1219,10 @@ class Trainer:
         self.c, self.rt, self.log, self.data = c, rt, log, data
         self.model = self.new_model()
         self.teacher = self.new_model().to(rt.dtype).eval() if c.kd_alpha else None
-        fast = (lambda f: torch.compile(f, dynamic=False)) if rt.compile else (lambda f: f)
-        self.forward, self.mtp_hidden = fast(GPT.forward), fast(GPT.mtp_hidden)
+        fast = lambda f, wanted=True: (
+            torch.compile(f, dynamic=False) if rt.compile and wanted else f)
+        self.forward = fast(GPT.forward, c.compile_model)
+        self.mtp_hidden = fast(GPT.mtp_hidden, c.compile_model)
         self.chunk_function, self.logprobs = fast(loss_chunk), fast(target_logprobs)
         self.seen, self.compile_seconds, self.eval_seconds = set(), 0.0, 0.0
         self.optimizer, self.one = None, torch.ones(1, device=rt.device)
