@@ -34,7 +34,7 @@ SOURCES = ("train_gpt.py", "data/shards.py", "data/ngram.py", "records/settings.
            "records/checkpoint.py", "records/report.py")
 # fields that do not change what a run computes
 FREE = ("run_id", "runs_dir", "prompt", "log_seconds", "save_minutes", "allow_changed",
-        "hang_minutes")
+        "hang_minutes", "time_limit")
 
 
 class Stopped(Exception):

@@ -824,8 +824,9 @@ def tree(tmp_path):
 
 
 def launched(processes, *arguments):
-    return f"<-m><torch.distributed.run><--standalone><--nproc_per_node={processes}>" \
-        "<train_gpt.py>" + "".join(f"<{a}>" for a in arguments)
+    launcher = f"<-m><torch.distributed.run><--standalone><--nproc_per_node={processes}>"
+    return (launcher if processes > 1 else "") + "<train_gpt.py>" + "".join(
+        f"<{a}>" for a in arguments)
 
 
 def test_run_sh_is_sound_bash():
@@ -836,8 +837,8 @@ def test_run_sh_is_sound_bash():
 @pytest.mark.parametrize("gpus, track", [
     (None, "cpu"), (0, "cpu"), (1, "mini"), (2, "limited"), (8, "limited")])
 def test_run_sh_picks_the_track(gpus, track, tree):
-    assert tree(gpus=gpus) == (0, "", [
-        f"<train_gpt.py><check><--track={track}>",
+    check = [f"<train_gpt.py><check><--track={track}>"]     # the data of cpu is there
+    assert tree(gpus=gpus) == (0, "", check * (track != "cpu") + [
         launched(max(1, gpus or 0), "train", f"--track={track}")])
 
 
@@ -872,12 +873,13 @@ def test_run_sh_stops_at_the_first_failure(tree):
     missing = "data/fineweb: no train shards; get them with: python data/fineweb.py"
     assert tree(gpus=1, missing=missing, fail="data/fineweb.py")[::2] == (
         7, ["<train_gpt.py><check><--track=mini>", "<data/fineweb.py><--tokens=48_000_000>"])
-    assert tree(fail="torch.distributed.run")[0] == 7
+    assert tree(fail="torch.distributed.run", gpus=2)[0] == 7
+    assert tree(fail="train")[0] == 7
 
 
 @pytest.mark.parametrize("arguments", [["trian"], ["--track=limitd"], ["--seed=x"]])
 def test_run_sh_fetches_and_launches_nothing_after_a_typing_error(arguments, tree):
-    code, stderr, calls = tree(*arguments, gpus=1, missing="unknown thing", fail="trian")
+    code, stderr, calls = tree(*arguments, gpus=2, missing="unknown thing", fail="trian")
     assert code in (2, 7) and len(calls) == 1 and calls[0].startswith("<train_gpt.py>")
 
 
