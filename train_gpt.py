@@ -420,6 +420,7 @@ class Rows:
         """Shuffle and cut `epoch`, unless it is the present one."""
         if epoch != self.epoch:
             random, documents = np.random.default_rng((self.seed, epoch)), self.documents
+            self.stream = None      # before there is another: 2 bytes a token
             self.document_order = random.permutation(len(documents))
             self.stream = np.concatenate([documents[i] for i in self.document_order])
             self.order, self.epoch = random.permutation(self.rows_per_epoch), epoch
