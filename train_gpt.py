@@ -1573,7 +1573,7 @@ def main(argv=None):
             print(message, file=sys.stderr)
         return code
     except (UserError, RuntimeError, OSError, FloatingPointError, MemoryError) as error:
-        message = str(error)
+        message = " ".join(str(error).split())
         if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
                 or "can't allocate memory" in message):
             message = "out of memory; lower --device_batch_size, then --loss_chunk"

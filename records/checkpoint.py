@@ -125,6 +125,8 @@ def claim(c, folder, hashes, is_main):
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
     if isinstance(answer[0], Exception):
+        if lock:
+            lock.close()
         raise answer[0]
     return *answer[0], lock
 
@@ -357,10 +359,11 @@ def random_state(device):
 
 
 def set_random_state(state, device):
+    """The reverse. clone: torch misreads a view that does not begin its storage."""
     size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size].cpu())
+    torch.set_rng_state(state[:size].cpu().clone())
     if device.type == "cuda":
-        torch.cuda.set_rng_state(state[size:].cpu(), device)
+        torch.cuda.set_rng_state(state[size:].cpu().clone(), device)
 
 
 # ==== Signals and numbers that are not ==========================================================

@@ -91,7 +91,7 @@ class Log:
             self.live, self.last = self.terminal, now
 
     def metrics(self, **numbers):
-        """`key:value` pairs for log.txt, a JSON line for metrics.jsonl; a member's end only once."""
+        """`key:value` pairs for log.txt, a line for metrics.jsonl; a member's end only once."""
         if self.active:
             self.say(" ".join(f"{name}:{value:.6g}" for name, value in numbers.items()), False)
             if "step" in numbers or (numbers["chain"], numbers["member"]) not in self.ended:

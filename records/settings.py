@@ -84,12 +84,12 @@ def check_config(c, gate_channels):
     heads = sorted((n for n in range(1, c.model_dim + 1) if c.model_dim % n == 0),
                    key=lambda n: abs(n - c.num_heads))
     problems = [
-        *((value > most, f"{names}: {value:.3g} are too many; at most {most:.0e}")
+        *((value > most, f"{names}: {value:g} is too much; at most {most:g}")
           for names, value, most in (
               ("--num_layers x --loop_count", c.num_layers * c.loop_count, 10 ** 4),
               ("--num_chains x --num_models", c.num_chains * c.num_models, 10 ** 6),
-              ("--batch_rows x --seq_len", c.batch_rows * c.seq_len, 10 ** 10),
-              ("--edge_batch_rows x --seq_len", c.edge_batch_rows * c.seq_len, 10 ** 10),
+              ("--batch_rows x --seq_len", c.batch_rows * c.seq_len, 10 ** 8),
+              ("--edge_batch_rows x --seq_len", c.edge_batch_rows * c.seq_len, 10 ** 8),
               ("--seed", c.seed, 10 ** 9), ("--hang_minutes", c.hang_minutes, 10 ** 6))),
         (heads[0] != c.num_heads, f"--num_heads={c.num_heads} does not divide --model_dim="
          f"{c.model_dim}; the nearest that does: {heads[0]}"),

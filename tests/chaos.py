@@ -226,7 +226,7 @@ def chaos(folder, kills, processes, seed, extra=()):
     data, references = make_dataset(folder / "small"), {}
     tolerance = 0.0 if processes == 1 else 1e-5
     while done < kills:
-        chains = 2 - rounds % 2
+        chains = 1 + rounds % 2
         run = [*RUN, f"--dataset={data}", f"--num_chains={chains}", *extra]
         if chains not in references:
             references[chains] = folder / f"reference{chains}"
@@ -246,10 +246,29 @@ def chaos(folder, kills, processes, seed, extra=()):
     return done
 
 
+def worlds(folder, track, processes):
+    """The members of a track's toy are those of one process, whatever the number of processes."""
+    ends = []
+    for count in (1, processes):
+        runs = folder / f"{track}{count}"
+        codes = wait(launch([
+            *RUN[1:], f"--track={track}", "--num_models=2", "--num_chains=1", "--dropout=0",
+            "--train_tokens=1500", "--batch_rows=16", "--meta_rows=2", "--device_batch_size=2",
+            "--edge_batch_rows=8", "--average=last", "--save_minutes=0",
+            f"--dataset={folder / 'small'}", f"--runs_dir={runs}"], count,
+            folder / f"{track}{count}.txt"), 120)
+        assert codes == [0] * count, (folder / f"{track}{count}.txt").read_text()[-4000:]
+        ends.append(read(runs / "run")[0])
+    found = differences(*ends, 1e-3)
+    assert not found, f"{track}, {processes} processes: {found}"
+    print(f"{track}: {processes} processes train the members of one", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("kills", 40), ("processes", 1), ("seed", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--worlds", default="", help="instead: TRACK,... in 4 processes and in one")
     parser.add_argument("--keep", default="", help="folder for runs and consoles; default: none")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -257,6 +276,9 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(arguments.keep or scratch).resolve()
         folder.mkdir(parents=True, exist_ok=True)
+        if arguments.worlds:
+            make_dataset(folder / "small")
+            return [worlds(folder, track, 4) for track in arguments.worlds.split(",")]
         done = chaos(folder, arguments.kills, arguments.processes, arguments.seed)
     print(f"{done} kills survived in {time.monotonic() - start:.0f} s,"
           f" {arguments.processes} process(es), seed {arguments.seed}")
