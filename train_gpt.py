@@ -1516,6 +1516,8 @@ def run(c, overrides):
     report.announce(trainer, overrides, rows, micro, not began, changes)
     with checkpoint.Signals() as signals:
         parts = [train_chain(trainer, chain, signals) for chain in rt.chains]
+        if signals.number and rt.across is not None:        # the other chains have stopped
+            trainer.keeper.stop(c.num_models, rows.num_steps)
     trainer.keeper.wait()
     if rt.across is not None:   # the chains of other processes
         mine, parts = parts[0], [None] * c.num_chains

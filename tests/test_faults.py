@@ -106,6 +106,11 @@ def test_killed_at_random(processes, kills):
     assert f"{kills} kills survived" in done.stdout
 
 
+def test_four_processes_train_the_members_of_one():
+    done = script("tests/chaos.py", "--worlds=limited")
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def script(*arguments, **options):
     env = {k: v for k, v in os.environ.items() if k not in ENVIRONMENT} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *arguments], capture_output=True, encoding="utf-8",
