@@ -9,6 +9,7 @@ A file of tensors holds a SHA-256 of all that is in it. It is written beside its
 the disk and renamed, so it is whole or not there; a damaged one is found when it is read. Processes
 on several machines need one shared runs folder to go on.
 """
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -214,7 +215,8 @@ class Keeper:
                 self.newest.replace(self.previous)
             self.fresh.replace(self.newest)
         except OSError as error:
-            self.trainer.log.say(f"warning   state not saved, the one before stays: {error}")
+            with contextlib.suppress(OSError):      # a disk too full for the log, too
+                self.trainer.log.say(f"warning   state not saved, the one before stays: {error}")
 
     def wait(self):
         if self.thread is not None:

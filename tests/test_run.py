@@ -633,7 +633,8 @@ def test_out_of_memory_names_the_remedy(tmp_path, capsys, monkeypatch):
 def test_loss_that_is_not_finite(tmp_path, capsys):
     assert t.main([*TINY, f"--runs_dir={tmp_path}", "--embed_lr=1e38", "--head_lr=1e38"]) == 2
     err = capsys.readouterr().err
-    assert re.fullmatch(r"error: member 1, step \d+: (the loss is|not finite: )[^\n]*_lr[^\n]*\n", err)
+    assert re.fullmatch(
+        r"error: member 1, step \d+: (the loss is|not finite: )[^\n]*_lr[^\n]*\n", err)
 
 
 def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
