@@ -55,14 +55,18 @@ esac
 processes=1     # the batch is shared out evenly over a power of two
 while [ $((2 * processes)) -le "$gpus" ]; do processes=$((2 * processes)); done
 [ "$processes" -ge "$gpus" ] || echo "using $processes of $gpus GPUs"
-if ! message=$(WORLD_SIZE=$processes $python train_gpt.py check "$@" 2>&1); then
-    fetch=(data/fineweb.py)
-    [ "$track" != mini ] || fetch+=(--tokens=48_000_000)  # room for a baseline of 12 times its 4M
-    case "$message" in
-        *"python data/fineweb.py"*|*data/fineweb:*"get more"*) $python "${fetch[@]}" || exit $? ;;
-        *) echo "$message" >&2; exit 2 ;;
-    esac
-    WORLD_SIZE=$processes $python train_gpt.py check "$@" > /dev/null || exit $?
+if [ "$track" != cpu ] || [ "$processes" -gt 1 ]; then
+    if ! message=$(WORLD_SIZE=$processes $python train_gpt.py check "$@" 2>&1); then
+        fetch=(data/fineweb.py)
+        [ "$track" != mini ] || fetch+=(--tokens=48_000_000)  # room for a baseline of 12 x its 4M
+        case "$message" in
+            *"python data/fineweb.py"*|*data/fineweb:*"get more"*)
+                $python "${fetch[@]}" || exit $? ;;
+            *) echo "$message" >&2; exit 2 ;;
+        esac
+        WORLD_SIZE=$processes $python train_gpt.py check "$@" > /dev/null || exit $?
+    fi
 fi
+[ "$processes" -gt 1 ] || exec $python train_gpt.py "$command" "$@"
 exec $python -m torch.distributed.run --standalone --nproc_per_node="$processes" \
     train_gpt.py "$command" "$@"

@@ -38,12 +38,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint as checkpoint_block
 
 from data.ngram import NGram
 from data.shards import UserError, load_dataset, refuse, write_json
 from records import checkpoint, plot, report
-from records.settings import (check_config, help_text, known, launched, parse_arguments,
-                              parse_schedule, speaks)
+from records.settings import (check_config, help_text, known, launched, meeting,
+                              parse_arguments, parse_schedule, speaks)
 
 # ==== Config and tracks =========================================================================
 ROOT = Path(__file__).resolve().parent
@@ -75,6 +76,8 @@ class Config:
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 if it is fast",
                      "auto", "bfloat16", "float32")
     compile: bool = opt(True, "use torch.compile (where a compiler is found)")
+    compile_model: str = opt("whole", "what of the model is compiled besides the loss",
+                             "whole", "blocks", "none")
     prompt: str = opt("", "text that the command `sample` continues")
     time_limit: float = opt(0.0, "minutes of training that the track allows; 0: any")
     log_steps: int = opt(5, "steps between readings of the loss, each a line of metrics.jsonl")
@@ -181,6 +184,7 @@ class Config:
     lr_floor: float = opt(0.0, "lr at the end as a fraction of its peak")
     sawtooth_epochs: int = opt(0, "last epochs in each of which lr falls to 0.05", least=0)
     wd_schedule: str = opt("0:1", "progress:multiplier,... of weight_decay, linear in between")
+    recompute_blocks: bool = opt(False, "less memory, more time: blocks run again in the backward")
     loss_chunk: int = opt(2048, "tokens whose logits are in memory at once")
 
     @property
@@ -213,7 +217,8 @@ TRACKS = {
         ngram_order=4, final_mixture="ngram", kd_alpha=0.5, num_layers=4, model_dim=128,
         num_heads=4, mlp_multiple=32, window_pattern="L", softcap=15.0,
         matrix_lr=0.04, embed_lr=0.1, head_lr=0.003, x0_lr=0.02, scalar_lr=0.002,
-        weight_decay=1.0, momentum_steps=100, lr_warmdown=0.4, lr_power=1.0, loss_chunk=1024),
+        weight_decay=1.0, momentum_steps=100, lr_warmdown=0.4, lr_power=1.0, loss_chunk=1024,
+        compile_model="none"),      # compiling costs 40 s and gains nothing at this width
     "mini": dict(
         train_tokens=4_000_000, selection_tokens=60_000, time_limit=15, seq_len=1024, batch_rows=64,
         device_batch_size=32, num_models=4, num_epochs=16, kd_alpha=0.5, num_layers=12,
@@ -346,11 +351,9 @@ def start_runtime(c):
         torch.set_num_threads(max(1, torch.get_num_threads() if local_world == 1 else
                                   os.cpu_count() // local_world))   # they share the cores
     if world > 1 and not dist.is_initialized():
-        try:
+        with meeting():
             dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
                                     timeout=timedelta(minutes=c.hang_minutes))
-        except (RuntimeError, ValueError) as error:     # a port that is taken, no address
-            raise UserError(f"processes cannot meet: {str(error).splitlines()[0]}") from None
     dtype = getattr(torch, c.dtype if c.dtype != "auto" else
                     "bfloat16" if fast_bf16 else "float32")
     compiles = c.compile and (kind == "cuda" or kind == "cpu" and any(
@@ -716,7 +719,9 @@ class GPT(nn.Module):
             if self.x0_lambdas is not None:
                 x = x + self.x0_lambdas[i] * x0
             value = self.value_projs[str(i)](x0) if str(i) in self.value_projs else None
-            y = self.blocks[i](x, value, specs[self.stage.windows[i]])
+            inputs = (x, value, specs[self.stage.windows[i]])
+            y = checkpoint_block(self.blocks[i], *inputs, use_reentrant=False) if (
+                c.recompute_blocks and self.training) else self.blocks[i](*inputs)
             if self.training and c.stochastic_depth * i:         # slowrun #62: -0.003
                 kept = torch.rand((), device=x.device) >= c.stochastic_depth * i / deepest
                 y = torch.where(kept, y, x)
@@ -1001,12 +1006,12 @@ class MuonAdamW:
             reductions.append(self.scatter(whole, group.share))
             for p in group.params:
                 p.grad = None
-        for grad, handle in reductions:
-            if handle is not None:
-                handle.wait()
         if c.grad_clip:
+            for _, handle in reductions:
+                handle and handle.wait()
             self.clip([grad for grad, _ in reductions], c.grad_clip)
-        for group, (grad, _) in zip(self.groups, reductions):
+        for group, (grad, handle) in zip(self.groups, reductions):
+            handle and handle.wait()
             lr, wd = group.lr * lr_multiplier, group.wd * wd_multiplier
             share = group.slice(group.params, group.first, group.share)
             if group.kind == "adamw":
@@ -1016,8 +1021,7 @@ class MuonAdamW:
                             c.muon_eq, c.cautious, self.dtype)
             gathers.append(self.gather(share))
         for group, (whole, handle) in zip(self.groups, gathers):
-            if handle is not None:
-                handle.wait()
+            handle and handle.wait()
             updated = whole if group.kind == "muon" else [whole[:len(group.params[0])]]
             for p, new in zip(group.params, updated):
                 p.copy_(new)
@@ -1220,8 +1224,10 @@ class Trainer:
         self.c, self.rt, self.log, self.data = c, rt, log, data
         self.model = self.new_model()
         self.teacher = self.new_model().to(rt.dtype).eval() if c.kd_alpha else None
-        fast = (lambda f: torch.compile(f, dynamic=False)) if rt.compile else (lambda f: f)
-        self.forward, self.mtp_hidden = fast(GPT.forward), fast(GPT.mtp_hidden)
+        fast = lambda f, wanted=True: (
+            torch.compile(f, dynamic=False) if rt.compile and wanted else f)
+        self.forward, self.mtp_hidden = (
+            fast(f, c.compile_model == "whole") for f in (GPT.forward, GPT.mtp_hidden))
         self.chunk_function, self.logprobs = fast(loss_chunk), fast(target_logprobs)
         self.seen, self.compile_seconds, self.eval_seconds = set(), 0.0, 0.0
         self.optimizer, self.one = None, torch.ones(1, device=rt.device)
@@ -1237,6 +1243,9 @@ class Trainer:
         with self.rt.device:
             model = GPT(self.c, self.rt.dtype, self.rt.attention)
         model.bos = self.data.bos
+        if self.c.compile_model == "blocks" and self.rt.compile:    # one graph for like blocks
+            for block in filter(lambda module: isinstance(module, Block), model.modules()):
+                block.compile(dynamic=False)
         return model
 
     def new_optimizer(self):
@@ -1516,9 +1525,7 @@ def run(c, overrides):
     report.announce(trainer, overrides, rows, micro, not began, changes)
     with checkpoint.Signals() as signals:
         parts = [train_chain(trainer, chain, signals) for chain in rt.chains]
-        if signals.number and rt.across is not None:        # the other chains have stopped
-            trainer.keeper.stop(c.num_models, rows.num_steps)
-    trainer.keeper.wait()
+    trainer.keeper.end()
     if rt.across is not None:   # the chains of other processes
         mine, parts = parts[0], [None] * c.num_chains
         dist.all_gather_object(parts, mine, group=rt.across)
@@ -1576,9 +1583,9 @@ def main(argv=None):
         return code
     except (UserError, RuntimeError, OSError, FloatingPointError, MemoryError) as error:
         message = " ".join(str(error).split())
-        if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
-                or "can't allocate memory" in message):
-            message = "out of memory; lower --device_batch_size, then --loss_chunk"
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in message:
+            message = ("out of memory; lower --device_batch_size, then --loss_chunk, or set"
+                       " --recompute_blocks=true")
         elif isinstance(error, RuntimeError):
             raise
         if speaks() or not isinstance(error, UserError):

@@ -35,7 +35,7 @@ SOURCES = ("train_gpt.py", "data/shards.py", "data/ngram.py", "records/settings.
            "records/checkpoint.py", "records/report.py")
 # fields that do not change what a run computes
 FREE = ("run_id", "runs_dir", "prompt", "log_seconds", "save_minutes", "allow_changed",
-        "hang_minutes")
+        "hang_minutes", "time_limit")
 
 
 class Stopped(Exception):
@@ -281,6 +281,13 @@ class Keeper:
             weights = {name: p.detach().cpu().contiguous()
                        for name, p in self.trainer.model.named_parameters()}
             save_member(self.folder, number, weights, scores, facts)
+
+    def end(self):
+        """When the chain is done; chains of other processes may have heeded a signal before."""
+        self.wait()
+        if self.signals.number and self.trainer.rt.across is not None:
+            raise Stopped(f"stopped   chain {self.chain + 1} is done; the same command goes on,"
+                          f" with --run_id={self.folder.name}", 128 + self.signals.number)
 
     def stop(self, k, step):
         self.wait()

@@ -1,4 +1,5 @@
 """Settings as a person types them: the command line, --help, schedules, and what cannot work."""
+import contextlib
 import difflib
 import math
 import os
@@ -39,6 +40,15 @@ def launched():
              f"environment {said}: not ranks and numbers of processes; start with torchrun, or"
              " unset these")])
     return rank, here, world, world_here
+
+
+@contextlib.contextmanager
+def meeting():
+    """Within: processes find each other; UserError if a port is taken or the address is missing."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"processes cannot meet: {str(error).splitlines()[0]}") from None
 
 
 def speaks():

@@ -390,6 +390,39 @@ def test_stochastic_depth_against_slow_reference(monkeypatch):
     assert len(outcomes) > 1 and calls == [((),)] * 20      # one number a block call
 
 
+# ---- how it is computed, not what ----
+
+@pytest.mark.parametrize("changes", [
+    dict(recompute_blocks=True),
+    dict(recompute_blocks=True, dropout=0.3, stochastic_depth=0.3, loop_count=3, loop_start=1,
+         loop_end=2, iha=True, xsa="learned")])
+def test_blocks_that_run_again_in_the_backward(changes):
+    plain, again = (trainer_of(**changes | dict(recompute_blocks=on)) for on in (False, True))
+    for trainer in (plain, again):
+        torch.manual_seed(3)
+        trainer.gradients(*batch(trainer.c), 0.9, False)
+    for p, q in zip(plain.model.parameters(), again.model.parameters()):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_like_blocks_share_a_graph(monkeypatch):
+    compile_with = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compile_with(
+        module, backend="eager", **options))
+    changes = dict(num_layers=8, window_pattern="L", compile_model="blocks")
+    whole, blocks = trainer_of(**changes), trainer_of(**changes)
+    torch._dynamo.reset()
+    blocks.rt.compile = True
+    blocks.model = randomize(blocks.new_model()).double()
+    before = torch._dynamo.utils.counters["frames"]["total"]
+    for trainer in (whole, blocks):
+        trainer.gradients(*batch(trainer.c), 0.0, False)
+    # with and without value projections
+    assert torch._dynamo.utils.counters["frames"]["total"] - before == 2
+    for p, q in zip(whole.model.parameters(), blocks.model.parameters()):
+        assert relative_error(q.grad, p.grad) < 1e-12
+
+
 # ---- windows over training, and YaRN ----
 
 def test_windows_of_two_hour():
