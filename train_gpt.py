@@ -43,7 +43,8 @@ from torch.utils.checkpoint import checkpoint as checkpoint_block
 from data.ngram import NGram
 from data.shards import UserError, load_dataset, refuse, write_json
 from records import checkpoint, plot, report
-from records.settings import check_config, help_text, known, parse_arguments, parse_schedule
+from records.settings import (check_config, help_text, known, launched, meeting,
+                              parse_arguments, parse_schedule, speaks)
 
 # ==== Config and tracks =========================================================================
 ROOT = Path(__file__).resolve().parent
@@ -331,8 +332,7 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 def start_runtime(c):
     """Join the process group that torchrun announces, if any; choose device, dtype, attention."""
     kind, notes = c.device, []
-    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    world, local_world = (int(os.environ.get(n, 1)) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    rank, local_rank, world, local_world = launched()
     if kind == "auto":
         kind = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
@@ -351,8 +351,9 @@ def start_runtime(c):
         torch.set_num_threads(max(1, torch.get_num_threads() if local_world == 1 else
                                   os.cpu_count() // local_world))   # they share the cores
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-                                timeout=timedelta(minutes=c.hang_minutes))
+        with meeting():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                                    timeout=timedelta(minutes=c.hang_minutes))
     dtype = getattr(torch, c.dtype if c.dtype != "auto" else
                     "bfloat16" if fast_bf16 else "float32")
     compiles = c.compile and (kind == "cuda" or kind == "cpu" and any(
@@ -1525,7 +1526,7 @@ def run(c, overrides):
     report.announce(trainer, overrides, rows, micro, not began, changes)
     with checkpoint.Signals() as signals:
         parts = [train_chain(trainer, chain, signals) for chain in rt.chains]
-    trainer.keeper.wait()
+    trainer.keeper.end()
     if rt.across is not None:   # the chains of other processes
         mine, parts = parts[0], [None] * c.num_chains
         dist.all_gather_object(parts, mine, group=rt.across)
@@ -1566,7 +1567,7 @@ def dispatch(argv):
     elif command == "sample":
         report.sample(sys.modules[__name__], c)
     else:
-        micro_batch_rows(c, chain_processes(c, int(os.environ.get("WORLD_SIZE", 1))))
+        micro_batch_rows(c, chain_processes(c, launched()[2]))
         load_dataset(ROOT / c.dataset, c)
         print(f"track {c.track}: settings and dataset {c.dataset} are sound")
 
@@ -1578,17 +1579,17 @@ def main(argv=None):
         return 0
     except (checkpoint.Stopped, KeyboardInterrupt) as stop:
         message, code = stop.args or ("stopped at once; what was saved last goes on", 130)
-        if os.environ.get("RANK", "0") == "0":
+        if speaks():
             print(message, file=sys.stderr)
         return code
-    except (UserError, RuntimeError, OSError, FloatingPointError) as error:
-        message = str(error)
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message:
+    except (UserError, RuntimeError, OSError, FloatingPointError, MemoryError) as error:
+        message = " ".join(str(error).split())
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in message:
             message = ("out of memory; lower --device_batch_size, then --loss_chunk, or set"
                        " --recompute_blocks=true")
         elif isinstance(error, RuntimeError):
             raise
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, UserError):
+        if speaks() or not isinstance(error, UserError):
             print(f"error: {message}", file=sys.stderr)
         return 2
     finally:

@@ -158,7 +158,7 @@ def load_dataset(folder, c):
                 float(tokens), float(loss)
     except FileNotFoundError:
         meta, listed = {}, {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{folder / 'meta.json'}: cannot be read ({error})") from None
     splits, hashes, per_token, bos = {}, {}, {}, None
     for split in ("train", "val", "holdout"):
@@ -167,7 +167,10 @@ def load_dataset(folder, c):
             if tokens >= c.train_tokens and split == "train":
                 break
             sha256, size = listed.get(f"{split}_{path.stem.rpartition('_')[2]}", (None, 0))
+            before = bos
             shard, _, bos, hashes[path.name] = read_shard(path, c.vocab_size, sha256, True)
+            refuse([(before not in (None, bos), f"{path}: BOS {bos}, and {before} in the files"
+                     " before; fetch or build the dataset again")])
             documents += split_documents(shard, bos)
             tokens, text_bytes = tokens + len(shard), text_bytes + size
         refuse([(not documents, f"{folder}: no {split} shards; get them with: python"

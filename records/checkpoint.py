@@ -9,6 +9,7 @@ A file of tensors holds a SHA-256 of all that is in it. It is written beside its
 the disk and renamed, so it is whole or not there; a damaged one is found when it is read. Processes
 on several machines need one shared runs folder to go on.
 """
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -83,18 +84,28 @@ def save_member(folder, number, weights, scores, facts):
     write_tensors(folder / "members" / f"{number:03d}.logp.safetensors", logp, facts)
 
 
-def load_scores(folder, number, log):
+def load_scores(folder, number, model, log):
     """(facts, {split: log p}) of a member that is finished and whole, or None."""
     paths = [folder / "members" / f"{number:03d}{kind}.safetensors" for kind in ("", ".logp")]
     if not all(path.exists() for path in paths):
         return None
     try:
-        read_tensors(paths[0])
+        weights, _ = read_tensors(paths[0])
         logp, facts = read_tensors(paths[1])
     except UserError as error:
         log.say(f"warning   {error}; the member is trained again")
         return None
+    fit(weights, model, paths[0])
     return facts, {split: values.numpy() for split, values in logp.items()}
+
+
+def fit(weights, model, path):
+    """UserError if `weights` of `path` are not those of `model`, which has other settings."""
+    shapes, needed = ({name: tuple(p.shape) for name, p in some.items()}
+                      for some in (weights, dict(model.named_parameters())))
+    other = [name for name in sorted({*shapes, *needed}) if shapes.get(name) != needed.get(name)]
+    refuse([(other, f"{path}: of another model ({', '.join(other[:3])}); undo the change of"
+             " settings, or choose another --run_id")])
 
 
 # ==== A run's identity and its lock =============================================================
@@ -115,6 +126,8 @@ def claim(c, folder, hashes, is_main):
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
     if isinstance(answer[0], Exception):
+        if lock:
+            lock.close()
         raise answer[0]
     return *answer[0], lock
 
@@ -202,7 +215,8 @@ class Keeper:
                 self.newest.replace(self.previous)
             self.fresh.replace(self.newest)
         except OSError as error:
-            self.trainer.log.say(f"warning   state not saved, the one before stays: {error}")
+            with contextlib.suppress(OSError):      # a disk too full for the log, too
+                self.trainer.log.say(f"warning   state not saved, the one before stays: {error}")
 
     def wait(self):
         if self.thread is not None:
@@ -234,7 +248,14 @@ class Keeper:
     def finished(self, number):
         """(facts, {split: log p} on the first process) of a finished member, or None."""
         rt = self.trainer.rt
-        done = load_scores(self.folder, number, self.trainer.log) if rt.rank == 0 else None
+        done = None
+        if rt.rank == 0:
+            done = load_scores(self.folder, number, self.trainer.model, self.trainer.log)
+            sizes = {split: sum(map(len, documents)) - 1
+                     for split, documents in self.trainer.data.evaluated().items()}
+            refuse([(done and {split: len(p) for split, p in done[1].items()} != sizes,
+                     f"{self.folder}: member {number} was scored on other text; undo the change of"
+                     " settings, or choose another --run_id")])
         if rt.world > 1:
             facts = [done and done[0]]
             dist.broadcast_object_list(facts, group=rt.group, group_src=0)
@@ -243,9 +264,9 @@ class Keeper:
 
     def load_weights(self, number, state, k):
         """Put finished member k, which the next one is taught by or begins from, into the model."""
-        trainer = self.trainer
-        if trainer.c.continue_members:
-            if state and state[1]["member"] == k:
+        trainer, at = self.trainer, state[1]["member"] if state else 0
+        if trainer.c.continue_members and at != k + 1:      # else the state of k + 1 follows
+            if at == k and state[1]["is_last"]:
                 restore(trainer, state)
             else:
                 trainer.log.say("warning   no state of the member before: new optimizer state")
@@ -254,11 +275,19 @@ class Keeper:
         trainer.model.load_state_dict(weights)
 
     def save_member(self, number, scores, facts):
-        """Write what a member is and scored."""
+        """Write what a member is and scored, once its last state is there: the next needs both."""
+        self.wait()
         if self.trainer.rt.rank == 0:
             weights = {name: p.detach().cpu().contiguous()
                        for name, p in self.trainer.model.named_parameters()}
             save_member(self.folder, number, weights, scores, facts)
+
+    def end(self):
+        """When the chain is done; chains of other processes may have heeded a signal before."""
+        self.wait()
+        if self.signals.number and self.trainer.rt.across is not None:
+            raise Stopped(f"stopped   chain {self.chain + 1} is done; the same command goes on,"
+                          f" with --run_id={self.folder.name}", 128 + self.signals.number)
 
     def stop(self, k, step):
         self.wait()
@@ -288,7 +317,8 @@ def collect(trainer, k, step, meter, averages):
             keep(f"average.{name}.{key}", torch.as_tensor(value))
     keep("random", rt.gather(random_state(rt.device).unsqueeze(0).to(rt.device)))
     facts = {
-        "member": k, "step": step, "world": rt.world, "optimizer_steps": optimizer.steps,
+        "member": k, "step": step, "is_last": step == meter.rows.num_steps, "world": rt.world,
+        "optimizer_steps": optimizer.steps,
         "masses": {name: mass for name, (mass, _) in averages.sums.items()},
         "ends": averages.ends, "meter": meter.state(), "clocks": trainer.clocks()}
     return tensors, facts
@@ -298,14 +328,20 @@ def restore(trainer, state, meter=None, averages=None):
     """Put a state of `collect` into trainer, meter and averages; returns the steps done."""
     tensors, facts = state
     rt, model = trainer.rt, trainer.model
-    model.load_state_dict({name: tensors[f"model.{name}"] for name, _ in model.named_parameters()})
+    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()
+               if name.startswith("model.")}
+    fit(weights, model, trainer.log.folder / "states")
+    model.load_state_dict(weights)
     trainer.optimizer = trainer.optimizer or trainer.new_optimizer()
     trainer.optimizer.steps = facts["optimizer_steps"]
     for i, group in enumerate(trainer.optimizer.groups):
         for name in ("m", "v"):
-            whole = tensors[f"optimizer.{i}.{name}"].to(rt.device)
+            whole = tensors.get(f"optimizer.{i}.{name}", torch.zeros(1)).to(rt.device)
             parts = list(whole) if group.kind == "muon" else [whole]
-            getattr(group, name).copy_(group.slice(parts, group.first, group.share))
+            part, mine = group.slice(parts, group.first, group.share), getattr(group, name)
+            refuse([(part.shape != mine.shape, f"{trainer.log.folder / 'states'}: of another"
+                     " optimizer; undo the change of settings, or choose another --run_id")])
+            mine.copy_(part)
     if meter is None:       # only weights and optimizer, for a member that continues
         return 0
     meter.restore(facts["meter"])
@@ -332,10 +368,11 @@ def random_state(device):
 
 
 def set_random_state(state, device):
+    """The reverse. clone: torch misreads a view that does not begin its storage."""
     size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size].cpu())
+    torch.set_rng_state(state[:size].cpu().clone())
     if device.type == "cuda":
-        torch.cuda.set_rng_state(state[size:].cpu(), device)
+        torch.cuda.set_rng_state(state[size:].cpu().clone(), device)
 
 
 # ==== Signals and numbers that are not ==========================================================

@@ -72,6 +72,7 @@ class Log:
             (folder / "members").mkdir(parents=True, exist_ok=True)
             self.text = open(folder / "log.txt", "a", encoding="utf-8")
             self.numbers = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+            self.keep(lambda numbers: True)     # but a line that was cut off
 
     def say(self, text, console=True):
         """A line for log.txt and the console."""
@@ -90,21 +91,28 @@ class Log:
             self.live, self.last = self.terminal, now
 
     def metrics(self, **numbers):
-        """`key:value` pairs for log.txt, one JSON line for metrics.jsonl."""
+        """`key:value` pairs for log.txt, a line for metrics.jsonl; a member's end only once."""
         if self.active:
             self.say(" ".join(f"{name}:{value:.6g}" for name, value in numbers.items()), False)
-            print(json.dumps(numbers), file=self.numbers, flush=True)
+            if "step" in numbers or (numbers["chain"], numbers["member"]) not in self.ended:
+                print(json.dumps(numbers), file=self.numbers, flush=True)
 
     def rewind(self, chain, k, step):
         """Forget the metrics of member k after `step` steps, which will come again."""
-        if not self.active:
-            return
-        path, kept = self.folder / "metrics.jsonl", []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            with contextlib.suppress(ValueError):       # a line that was cut off
-                n = json.loads(line)
-                if (n["chain"], n["member"]) != (chain, k) or n.get("step", math.inf) <= step:
-                    kept.append(line)
+        if self.active:
+            self.keep(lambda numbers: (numbers["chain"], numbers["member"]) != (chain, k)
+                      or numbers.get("step", math.inf) <= step)
+
+    def keep(self, is_kept):
+        """Write metrics.jsonl anew with the lines that `is_kept`; learn which members ended."""
+        path, kept, self.ended = self.folder / "metrics.jsonl", [], set()
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # damaged, or cut off
+                numbers = json.loads(line)
+                if is_kept(numbers):
+                    kept.append(line + "\n")
+                    if "step" not in numbers:
+                        self.ended.add((numbers["chain"], numbers["member"]))
         self.numbers.close()
         write_whole(path, lambda beside: beside.write_text("".join(kept), encoding="utf-8"))
         self.numbers = open(path, "a", encoding="utf-8")
@@ -177,10 +185,11 @@ class Meter:
 
     def state(self):
         return {"steps": self.steps, "flops": self.flops, "loss": self.loss,
-                "seconds": self.seconds()}
+                "skipped": self.skipped, "seconds": self.seconds()}
 
     def restore(self, state):
         self.steps, self.flops, self.loss = state["steps"], state["flops"], state["loss"]
+        self.skipped = state["skipped"]
         self.start = time.perf_counter() - self.uncounted() - state["seconds"]
 
     def facts(self):

@@ -1,6 +1,8 @@
 """Settings as a person types them: the command line, --help, schedules, and what cannot work."""
+import contextlib
 import difflib
 import math
+import os
 import re
 from dataclasses import fields
 
@@ -25,6 +27,38 @@ def parse_arguments(argv):
     return {name: text for name, _, text in pairs}
 
 
+def launched():
+    """(rank, rank here, processes, processes here), as torchrun says; UserError if that is junk."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    texts = {name: os.environ[name] for name in names if name in os.environ}
+    said = " ".join(f"{name}={text}" for name, text in texts.items())
+    sound = all(re.fullmatch("[0-9]{1,9}", text) for text in texts.values())
+    rank, here, world, world_here = (int(texts.get(name, default)) if sound else -1
+                                     for name, default in zip(names, (0, 0, 1, 1)))
+    refuse([(not (0 <= rank < world and 0 <= here < world_here <= world)
+             or ("RANK" in texts) != ("WORLD_SIZE" in texts),
+             f"environment {said}: not ranks and numbers of processes; start with torchrun, or"
+             " unset these")])
+    return rank, here, world, world_here
+
+
+@contextlib.contextmanager
+def meeting():
+    """Within: processes find each other; UserError if a port is taken or the address is missing."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"processes cannot meet: {str(error).splitlines()[0]}") from None
+
+
+def speaks():
+    """Whether this process, of all that torchrun started, tells what is wrong with settings."""
+    try:
+        return launched()[0] == 0
+    except UserError:
+        return True
+
+
 def help_text(contract, fields, tracks):
     """The text of --help: the script's docstring, its fields and its tracks."""
     lines = [contract, "Fields (--field=value), with the default of no track:", ""]
@@ -39,8 +73,6 @@ def help_text(contract, fields, tracks):
 
 def check_config(c, gate_channels):
     """UserError, in one line, for values that cannot work. gate_channels: that the gates read."""
-    heads = sorted((n for n in range(1, c.model_dim + 1) if c.model_dim % n == 0),
-                   key=lambda n: abs(n - c.num_heads))
     problems = []
     for f in fields(c):
         v, rule = getattr(c, f.name), f.metadata
@@ -48,12 +80,27 @@ def check_config(c, gate_channels):
         problems += [
             (type(v) is not type(f.default) and not (type(v) is int and type(f.default) is float),
              f"--{f.name}={v}: must be of type {type(f.default).__name__}"),
-            (is_number and not math.isfinite(v), f"--{f.name}={v}: must be a finite number"),
+            (type(v) is float and not math.isfinite(v), f"--{f.name}={v}: must be a finite number"),
             (is_number and v < rule["least"], f"--{f.name}={v}: must be at least {rule['least']}"),
             (is_number and v >= rule["below"], f"--{f.name}={v}: must be below {rule['below']:g}"),
+            (type(v) is int and v >= 10 ** 12, f"--{f.name}={v}: must be below 1e12"),
             (rule["choices"] and v not in rule["choices"], f"--{f.name}={v}: must be one of "
              + ", ".join(choice or "(empty)" for choice in rule["choices"]))]
-    problems += [
+    refuse(problems)
+    weights = c.num_layers * c.model_dim * (4 * c.model_dim + 3 * c.mlp_dim)
+    weights += 2 * c.vocab_size * c.model_dim
+    refuse([(weights > 10 ** 12, f"--num_layers={c.num_layers} --model_dim={c.model_dim}: about"
+             f" {weights:.1g} parameters; at most 1e12")])
+    heads = sorted((n for n in range(1, c.model_dim + 1) if c.model_dim % n == 0),
+                   key=lambda n: abs(n - c.num_heads))
+    problems = [
+        *((value > most, f"{names}: {value:g} is too much; at most {most:g}")
+          for names, value, most in (
+              ("--num_layers x --loop_count", c.num_layers * c.loop_count, 10 ** 4),
+              ("--num_chains x --num_models", c.num_chains * c.num_models, 10 ** 6),
+              ("--batch_rows x --seq_len", c.batch_rows * c.seq_len, 10 ** 8),
+              ("--edge_batch_rows x --seq_len", c.edge_batch_rows * c.seq_len, 10 ** 8),
+              ("--seed", c.seed, 10 ** 9), ("--hang_minutes", c.hang_minutes, 10 ** 6))),
         (heads[0] != c.num_heads, f"--num_heads={c.num_heads} does not divide --model_dim="
          f"{c.model_dim}; the nearest that does: {heads[0]}"),
         (c.rope_base and c.model_dim // heads[0] % 2, f"--num_heads={c.num_heads}: rotary positions"
