@@ -1416,9 +1416,7 @@ class Trainer:
             due, stop = meter.update(step, sums, stage, lr_multiplier(c, progress), new)
             averages.update(step, self.score_splits)
             if self.keeper and (due or stop or step + 1 == rows.num_steps):
-                self.keeper.save(k, step + 1, meter, averages)
-            if stop:
-                self.keeper.stop(k, step + 1)
+                self.keeper.save(k, step + 1, meter, averages, stop)
         rt.synchronize()
         facts = meter.facts()
         facts["average"], scores = averages.finish(self.score_splits)

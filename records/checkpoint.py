@@ -199,14 +199,22 @@ class Keeper:
         due = self.trainer.rt.rank == 0 and minutes and waited >= 60 * minutes
         return [float(bool(due)), float(self.signals.number or 0)]
 
-    def save(self, k, step, meter, averages):
-        """Copy the state after `step` steps of member k; it is written while training goes on."""
+    def save(self, k, step, meter, averages, stop=False):
+        """Copy the state after `step` steps of member k; it is written while training goes on.
+
+        stop: when it is written, Stopped.
+        """
         tensors, facts = collect(self.trainer, k, step, meter, averages)
         self.wait()
         self.last = time.monotonic()
         if self.trainer.rt.rank == 0:
             self.thread = threading.Thread(target=self.write, args=(tensors, facts))
             self.thread.start()
+        if stop:
+            self.wait()
+            raise Stopped(f"stopped   member {k} after step {step}; the same command goes on, with"
+                          f" --run_id={self.folder.name}",
+                          128 + (self.signals.number or signal.SIGTERM))
 
     def write(self, tensors, facts):
         try:
@@ -288,12 +296,6 @@ class Keeper:
         if self.signals.number and self.trainer.rt.across is not None:
             raise Stopped(f"stopped   chain {self.chain + 1} is done; the same command goes on,"
                           f" with --run_id={self.folder.name}", 128 + self.signals.number)
-
-    def stop(self, k, step):
-        self.wait()
-        raise Stopped(f"stopped   member {k} after step {step}; the same command goes on, with"
-                      f" --run_id={self.folder.name}",
-                      128 + (self.signals.number or signal.SIGTERM))
 
 
 def collect(trainer, k, step, meter, averages):
