@@ -606,7 +606,7 @@ def test_gpus_that_are_not_there(tmp_path, capsys, monkeypatch):
 
 def test_run_id_that_exists(pair, capsys):
     line = refused([*TINY, f"--run_id={pair.folder.name}"], pair.folder.parent, capsys)
-    assert str(pair.folder) in line and "--kd_alpha" in line and "--allow_changed" in line
+    assert str(pair.folder) in line and "--num_models=4 (was 2)" in line
 
 
 @pytest.mark.parametrize("arguments, words", [
