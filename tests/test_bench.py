@@ -119,7 +119,7 @@ def test_public_step_is_skipped_where_its_logits_do_not_fit(tmp_path, monkeypatc
 
 
 def settings(arguments):
-    return report.parse_arguments(arguments)
+    return t.parse_arguments(arguments)
 
 
 # ==== The public way computes the same ==========================================================
