@@ -28,7 +28,6 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, field, fields, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,8 +42,8 @@ from torch.utils.checkpoint import checkpoint as checkpoint_block
 from data.ngram import NGram
 from data.shards import UserError, load_dataset, refuse, write_json
 from records import checkpoint, plot, report
-from records.settings import (check_config, help_text, known, launched, meeting,
-                              parse_arguments, parse_schedule, speaks)
+from records.settings import (check_config, help_text, known, launched, meet, parse_arguments,
+                              parse_schedule, speaks)
 
 # ==== Config and tracks =========================================================================
 ROOT = Path(__file__).resolve().parent
@@ -351,9 +350,7 @@ def start_runtime(c):
         torch.set_num_threads(max(1, torch.get_num_threads() if local_world == 1 else
                                   os.cpu_count() // local_world))   # they share the cores
     if world > 1 and not dist.is_initialized():
-        with meeting():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-                                    timeout=timedelta(minutes=c.hang_minutes))
+        meet("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", c.hang_minutes)
     dtype = getattr(torch, c.dtype if c.dtype != "auto" else
                     "bfloat16" if fast_bf16 else "float32")
     compiles = c.compile and (kind == "cuda" or kind == "cpu" and any(
@@ -1231,6 +1228,7 @@ class Trainer:
             fast(f, c.compile_model == "whole") for f in (GPT.forward, GPT.mtp_hidden))
         self.chunk_function, self.logprobs = fast(loss_chunk), fast(target_logprobs)
         self.seen, self.compile_seconds, self.eval_seconds = set(), 0.0, 0.0
+        self.earlier_seconds = 0.0      # of launches before this one
         self.optimizer, self.one = None, torch.ones(1, device=rt.device)
         self.plan = stages(c)
         self.flops = {stage: flops_per_token(c, stage) for stage in self.plan}  # of a token
@@ -1238,7 +1236,7 @@ class Trainer:
         last = self.plan[-1]._replace(passes=3 * self.plan[-1].passes - 2)
         plain = replace(c, mtp_weight=0.0, masked_weight=0.0)
         self.teacher_flops, self.start = flops_per_token(plain, last) / 3, time.perf_counter()
-        self.chain, self.keeper, self.earlier_seconds = 0, None, 0.0   # of launches before this
+        self.chain, self.at, self.keeper = 0, 0, None   # at: steps that the member has done
 
     def new_model(self):
         with self.rt.device:
@@ -1487,7 +1485,8 @@ def train_chain(trainer, chain, signals):
         if done is None:
             if not ready:
                 keeper.load_weights(first + k - 1, state, k - 1)
-            facts, logp = trainer.train_member(k, chain, keeper.of(state, k))
+            with keeper.blame(k):
+                facts, logp = trainer.train_member(k, chain, keeper.of(state, k))
             facts |= {f"{split}_loss": mean_loss(p) for split, p in logp.items()}
             keeper.save_member(first + k, logp, facts)
         else:
@@ -1581,13 +1580,10 @@ def main(argv=None):
             print(message, file=sys.stderr)
         return code
     except (UserError, RuntimeError, OSError, FloatingPointError, MemoryError) as error:
-        message = " ".join(str(error).split())
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in message:
-            message = ("out of memory; lower --device_batch_size, then --loss_chunk, or set"
-                       " --recompute_blocks=true")
-        elif isinstance(error, RuntimeError):
+        message = report.explain(error)
+        if message is None:     # a defect: its traceback is wanted
             raise
-        if speaks() or not isinstance(error, UserError):
+        if speaks() or not isinstance(error, UserError) or isinstance(error, checkpoint.Lost):
             print(f"error: {message}", file=sys.stderr)
         return 2
     finally:

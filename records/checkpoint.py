@@ -16,10 +16,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import socket
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,10 @@ FREE = ("run_id", "runs_dir", "prompt", "log_seconds", "save_minutes", "allow_ch
 
 class Stopped(Exception):
     """The run was asked to stop, and its state is saved. args: message, exit code."""
+
+
+class Lost(UserError):
+    """Another process of the run is gone, or did not come to a collective in time."""
 
 
 # ==== Files of tensors ==========================================================================
@@ -187,6 +193,7 @@ class Keeper:
     def __init__(self, trainer, chain, signals):
         self.trainer, self.chain, self.signals = trainer, chain, signals
         self.thread, self.last, self.folder = None, time.monotonic(), trainer.log.folder
+        self.store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
         name, states = f"{chain:02d}", self.folder / "states"
         self.newest = states / f"{name}.safetensors"
         self.previous, self.fresh = (states / f"{name}.{kind}.safetensors"
@@ -194,6 +201,8 @@ class Keeper:
 
     def requests(self):
         """[a state is due, a signal asks to stop], as numbers to be summed over processes."""
+        if self.store is not None:
+            self.store.set(f"at/{dist.get_rank()}", str(self.trainer.at))
         waited = time.monotonic() - self.last
         minutes = self.trainer.c.save_minutes
         due = self.trainer.rt.rank == 0 and minutes and waited >= 60 * minutes
@@ -281,6 +290,40 @@ class Keeper:
                 trainer.optimizer = trainer.new_optimizer()
         weights, _ = read_tensors(self.folder / "members" / f"{number:03d}.safetensors")
         trainer.model.load_state_dict(weights)
+
+    @contextlib.contextmanager
+    def blame(self, k):
+        """Within: when processes lose each other, Lost says where each was seen last."""
+        try:
+            yield
+        except RuntimeError as error:
+            text = " ".join(str(error).split())
+            lost = isinstance(error, dist.DistError) or re.search(
+                r"gloo|Connection (closed|reset)|[Tt]imed out|peer", text)
+            if self.trainer.rt.world == 1 or not lost:
+                raise
+            raise Lost(
+                f"rank {dist.get_rank()} lost another process or waited for it too long, in member"
+                f" {k} after step {self.trainer.at}; last seen: {', '.join(self.last_seen())};"
+                f" start the same command again ({text[:160]})") from None
+
+    def last_seen(self):
+        """"rank 0 at step 20", ...: what the processes have told at their readings of the loss.
+
+        All that still run come here at about the same time, and say so.
+        """
+        def told(key, default):
+            try:
+                self.store.wait([key], timedelta(seconds=2))
+                return self.store.get(key).decode()
+            except RuntimeError:        # never told, or the store's process is gone
+                return default
+
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"lost/{dist.get_rank()}", "")
+        return [f"rank {rank} at step {told(f'at/{rank}', '?')}"
+                + told(f"lost/{rank}", " (does not answer)")
+                for rank in range(dist.get_world_size())]
 
     def save_member(self, number, scores, facts):
         """Write what a member is and scored, once its last state is there: the next needs both."""

@@ -207,6 +207,7 @@ class Meter:
         """
         c, rt, rows, k = self.trainer.c, self.trainer.rt, self.rows, self.k
         self.recent.append(sums)
+        self.trainer.at = step + 1
         if not compiled:
             self.steps += 1
             self.flops += self.flops_per_token[stage] * self.step_tokens
@@ -310,6 +311,15 @@ def summarize(trainer, members, curve, ngram, memory, overrides, start):
         "peak_memory_bytes": int(memory.max()), "processes": processes(),
         "hardware": hardware_name(rt.device), "torch": torch.__version__, "commit": git_commit(),
         "data_sha256": data.hashes, "config": dataclasses.asdict(c)}
+
+
+def explain(error):
+    """An error in one line for a person, or None if it is a defect of the program."""
+    message = " ".join(str(error).split())
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in message:
+        return ("out of memory; lower --device_batch_size, then --loss_chunk, or set"
+                " --recompute_blocks=true")
+    return None if isinstance(error, RuntimeError) else message
 
 
 def show_finished(t, folder, is_main):

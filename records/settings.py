@@ -1,10 +1,12 @@
 """Settings as a person types them: the command line, --help, schedules, and what cannot work."""
-import contextlib
 import difflib
 import math
 import os
 import re
 from dataclasses import fields
+from datetime import timedelta
+
+import torch.distributed as dist
 
 from data.shards import UserError, refuse
 
@@ -42,11 +44,17 @@ def launched():
     return rank, here, world, world_here
 
 
-@contextlib.contextmanager
-def meeting():
-    """Within: processes find each other; UserError if a port is taken or the address is missing."""
+def meet(backend, minutes):
+    """Join the process group that torchrun announces; `minutes`: the longest wait of a collective.
+
+    UserError if a port is taken or the address is missing. Keys of the store are by attempt: after
+    a restart gloo would else connect to the addresses of processes that are gone (torch 2.13).
+    """
+    wait, attempt = timedelta(minutes=minutes), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
-        yield
+        store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+        dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store),
+                                rank=rank, world_size=world, timeout=wait)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"processes cannot meet: {str(error).splitlines()[0]}") from None
 

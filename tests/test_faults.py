@@ -155,6 +155,33 @@ def test_torchrun_killed_then_one_process_goes_on(data, tmp_path):
     assert_same(tmp_path / "whole/run", tmp_path / "killed/run", 1e-5)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_torchrun_restarts_when_a_process_dies_or_hangs(number, data, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k not in ENVIRONMENT} | {"OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "stderr", "w", encoding="utf-8") as stderr:
+        launcher = subprocess.Popen(
+            [sys.executable, *TORCHRUN, "--nproc_per_node=2", "--max-restarts=1", SCRIPT, *SHORT,
+             data, f"--runs_dir={tmp_path}", "--hang_minutes=0.15"], env=env,
+            stdout=subprocess.DEVNULL, stderr=stderr)
+    try:
+        end = time.monotonic() + 60
+        while not list(tmp_path.glob("run/states/00.safetensors")):
+            assert launcher.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        second = max(pid for pid in descendants(launcher.pid) if "--hang_minutes" in Path(
+            f"/proc/{pid}/cmdline").read_text())
+        os.kill(second, number)
+        assert launcher.wait(timeout=90) == 0
+    finally:
+        for pid in [*descendants(launcher.pid), launcher.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    message = (tmp_path / "stderr").read_text(encoding="utf-8")
+    assert re.search(r"^error: rank 0 lost another process .* member \d after step \d.*"
+                     r"rank 1 at step \S+ \(does not answer\)", message, re.M), message
+    assert "resumed   member " in log(tmp_path) and (tmp_path / "run/result.json").exists()
+
+
 def descendants(pid):
     """Process ids of the children of `pid`, and theirs."""
     found = []
