@@ -29,7 +29,8 @@ RUNS = ROOT / "runs" / "ablations"
 RESULTS, TABLE = ROOT / "records" / "ablations.jsonl", ROOT / "records" / "ABLATIONS.md"
 SEEDS = (2, 3, 1)
 BASE = ""       # flags that lead from the track's settings to those that are ablated
-SAME = (BASE, "compile_model=true")     # other ways to compute the same: their pairs count too
+# other bases whose pairs count too: computed another way, or for two epochs less
+SAME = (BASE, "compile_model=whole", "num_epochs=8")
 
 # name: (fields when off, fields when on, the change of val loss that its authors measured)
 TECHNIQUES = {
