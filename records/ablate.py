@@ -186,11 +186,13 @@ def main():
 
 INTRODUCTION = """# Ablations on the `cpu` track
 
-Made by `python records/ablate.py` and `python records/ablate.py --ensemble`. Each row flips one
-technique; a difference is the loss with it minus the loss without it (negative: it helps), the mean
-over seeds, paired, and its standard error. One member of 8 epochs, or the equal mixture of the
-whole job. Settings are chosen on `selection`. The last column is what the public project measured
-at 100M tokens.
+Made by `python records/ablate.py` and `python records/ablate.py --ensemble` from the runs in
+`records/ablations.jsonl`. Each row flips one technique; a difference is the loss with it minus the
+loss without it (negative: it helps), paired by seed, the mean and its standard error over the
+runs counted beside it: one run says little. Member: one of 8 epochs, selection and 50,000 tokens of
+val. Ensemble: the equal mixture of the whole job. Settings are chosen on `selection`. The last
+column is what the public project measured at 100M tokens. What was not run yet says so; the
+command goes on where it stopped.
 """
 
 
@@ -203,8 +205,9 @@ def difference(flags, flipped_on, ensemble):
     if not changes:
         return None
     mean = np.mean(changes, axis=0)
-    error = np.std(changes, axis=0, ddof=1) / len(changes) ** 0.5 if len(changes) > 1 else (
-        [np.nan] * 2)
+    if len(changes) == 1:
+        return [f"{m:+.4f}" for m in mean], 1
+    error = np.std(changes, axis=0, ddof=1) / len(changes) ** 0.5
     return [f"{m:+.4f} ± {e:.4f}" for m, e in zip(mean, error)], len(changes)
 
 
