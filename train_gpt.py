@@ -1535,11 +1535,11 @@ def run(c, overrides):
         curve = ensemble_curve(scores, c, ngram)
         alone = {f"{split}_loss": mean_loss(p) for split, p in (ngram or {}).items()}
         result = report.summarize(trainer, members, curve, alone, memory, overrides, start)
-        write_json(folder / "result.json", result)
         plot.plot_progress(result, folder / "progress.png")
         for line in report.closing_lines(sys.modules[__name__], c, rt, data, folder, result):
             log.say(line)
         log.say("RESULT " + json.dumps(result), console=False)
+        write_json(folder / "result.json", result)      # with it the run is finished
         shutil.rmtree(folder / "states", ignore_errors=True)
         lock.close()
     rt.barrier()

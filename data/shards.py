@@ -71,6 +71,9 @@ def write_whole(path, write):
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         beside.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)      # the new name, too
+        os.fsync(folder)
+        os.close(folder)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise

@@ -63,9 +63,14 @@ def write_tensors(path, tensors, facts):
     """Write CPU `tensors` {name: tensor} and `facts` (JSON) to `path`; OSError if it cannot be."""
     text = json.dumps(facts)
     metadata = {"facts": text, "sha256": digest(tensors, text)}
+
+    def write(beside):
+        save_file(tensors, beside, metadata)
+        beside.chmod(0o644)     # safetensors lets nobody else read it
+
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write_whole(path, lambda beside: save_file(tensors, beside, metadata))
+        write_whole(path, write)
     except (SafetensorError, OSError) as error:
         raise OSError(f"{path} cannot be written ({error})") from None
 
