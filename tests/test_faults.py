@@ -40,6 +40,14 @@ SHORT = [a for i, a in enumerate(SHORT) if a.partition("=")[0] not in
          {b.partition("=")[0] for b in SHORT[i + 1:]}]
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """A shell starts its background jobs, these tests perhaps among them, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return f"--dataset={make_dataset(tmp_path_factory.mktemp('data') / 'small')}"
