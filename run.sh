@@ -32,10 +32,11 @@ fi
 command=train
 if [ $# -gt 0 ] && [[ "$1" != -* ]]; then command=$1; shift; fi
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
-track=""
+track="" dataset=""
 for argument in "$@"; do
     case "$argument" in
         --track=*) track=${argument#--track=} ;;
+        --dataset=*) dataset=${argument#--dataset=} ;;
         --help|-h) exec $python train_gpt.py --help ;;
         --device=cpu) gpus=0 ;;
     esac
@@ -47,7 +48,8 @@ if [ -z "$track" ] && [ "$command" != sample ]; then
     set -- "--track=$track" "$@"
 fi
 
-# ---- settings and data are checked before any process is launched; data that is missing is fetched
+# ---- settings and data are checked before many processes are launched, or where data may have to
+# be fetched: that of cpu is here
 case "$command" in
     train|baseline) ;;
     *) exec $python train_gpt.py "$command" "$@" ;;
@@ -55,17 +57,15 @@ esac
 processes=1     # the batch is shared out evenly over a power of two
 while [ $((2 * processes)) -le "$gpus" ]; do processes=$((2 * processes)); done
 [ "$processes" -ge "$gpus" ] || echo "using $processes of $gpus GPUs"
-if [ "$track" != cpu ] || [ "$processes" -gt 1 ]; then
-    if ! message=$(WORLD_SIZE=$processes $python train_gpt.py check "$@" 2>&1); then
-        fetch=(data/fineweb.py)
-        [ "$track" != mini ] || fetch+=(--tokens=48_000_000)  # room for a baseline of 12 x its 4M
-        case "$message" in
-            *"python data/fineweb.py"*|*data/fineweb:*"get more"*)
-                $python "${fetch[@]}" || exit $? ;;
-            *) echo "$message" >&2; exit 2 ;;
-        esac
-        WORLD_SIZE=$processes $python train_gpt.py check "$@" > /dev/null || exit $?
-    fi
+check() { RANK=0 WORLD_SIZE=$processes $python train_gpt.py check "$@"; }
+if [ "$track$dataset$processes" != cpu1 ] && ! message=$(check "$@" 2>&1); then
+    fetch=(data/fineweb.py)
+    [ "$track" != mini ] || fetch+=(--tokens=48_000_000)  # room for a baseline of 12 times its 4M
+    case "$message" in
+        *"python data/fineweb.py"*|*data/fineweb:*"get more"*) $python "${fetch[@]}" || exit $? ;;
+        *) echo "$message" >&2; exit 2 ;;
+    esac
+    check "$@" > /dev/null || exit $?
 fi
 [ "$processes" -gt 1 ] || exec $python train_gpt.py "$command" "$@"
 exec $python -m torch.distributed.run --standalone --nproc_per_node="$processes" \

@@ -853,6 +853,25 @@ def test_run_sh_fetches_what_is_missing(gpus, track, fetch, says, tree):
         check, fetch, check, launched(gpus, "train", f"--track={track}")])
 
 
+def test_the_script_takes_the_check_of_run_sh():
+    """As run.sh calls it, with its environment; the stub of `tree` takes anything."""
+    words = re.search(r"([A-Z_]+=\S+ )+(?=\$python train_gpt.py check)",
+                      (ROOT / "run.sh").read_text(encoding="utf-8"))[0]
+    for processes in ("1", "2"):
+        done = python("-c", "import os, sys; os.execvp('env', ['env', *sys.argv[1:]])",
+                      *words.replace("$processes", processes).split(), sys.executable, SCRIPT,
+                      "check", "--track=limited", "--preset=toy")
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_run_sh_fetches_for_a_dataset_that_is_named(tree):
+    missing = "data/fineweb: no train shards; get them with: python data/fineweb.py"
+    arguments = ["--track=cpu", "--dataset=data/fineweb"]
+    check = "<train_gpt.py><check><--track=cpu><--dataset=data/fineweb>"
+    assert tree(*arguments, missing=missing) == (0, "", [
+        check, "<data/fineweb.py>", check, launched(1, "train", *arguments)])
+
+
 def test_run_sh_passes_arguments_on(tree):
     arguments = ["--track=cpu", "--seed=3", "--prompt=It  was"]
     assert tree(*arguments, gpus=2)[2] == [
