@@ -17,7 +17,8 @@ their last step), never a minimum over evaluations. Choices are made on `selecti
 cut from the training budget; `val` is for comparison between runs, `holdout` is shown once, at the
 end. The log begins with this source and reproduces the run.
 This file is read from top to bottom and has at most 1,600 lines. Beside it stand data/shards.py,
-which reads token shards, data/ngram.py and records/report.py, which writes log and result.
+which reads token shards, data/ngram.py, and in records/: settings.py, which checks what is typed,
+checkpoint.py, what a stopped run goes on from, and report.py, which writes log and result.
 """
 import contextlib
 import json
@@ -217,7 +218,7 @@ TRACKS = {
         model_dim=128, num_heads=4, mlp_multiple=32, window_pattern="L", softcap=15.0,
         matrix_lr=0.04, embed_lr=0.1, head_lr=0.003, x0_lr=0.02, scalar_lr=0.002,
         weight_decay=1.0, momentum_steps=100, lr_warmdown=0.4, lr_power=1.0, loss_chunk=1024,
-        compile_model="none"),      # compiling costs 40 s and gains nothing at this width
+        compile_model="none"),      # compiling it takes 44 s and saves about 30
     "mini": dict(
         train_tokens=4_000_000, selection_tokens=60_000, time_limit=15, seq_len=1024, batch_rows=64,
         device_batch_size=32, num_models=4, num_epochs=16, kd_alpha=0.5, num_layers=12,
@@ -320,7 +321,8 @@ class Runtime:
             dist.barrier()
 
     def synchronize(self):
-        return torch.cuda.synchronize() if self.device.type == "cuda" else None
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
 
 
 # torch 2.13 renamed these two
@@ -1401,6 +1403,7 @@ class Trainer:
         first = checkpoint.restore(self, state, meter, averages) if state else 0
         for step in range(first, rows.num_steps):
             progress = step / rows.num_steps
+            lr = lr_multiplier(c, progress)
             stage = [stage for stage in self.plan if stage.start <= progress][-1]
             if stage != self.model.stage:
                 self.model.prepare(c.seq_len, stage)
@@ -1408,10 +1411,9 @@ class Trainer:
             with self.first_time("step", stage, distill) as new:
                 sums = self.gradients(inputs, targets, progress, distill)
                 if checkpoint.is_finite(self, sums, meter, rows, step):
-                    self.optimizer.step(
-                        lr_multiplier(c, progress), piecewise_linear(c.wd_schedule, progress),
-                        momentum_at(c, step))
-            due, stop = meter.update(step, sums, stage, lr_multiplier(c, progress), new)
+                    self.optimizer.step(lr, piecewise_linear(c.wd_schedule, progress),
+                                        momentum_at(c, step))
+            due, stop = meter.update(step, sums, stage, lr, new)
             averages.update(step, self.score_splits)
             if self.keeper and (due or stop or step + 1 == rows.num_steps):
                 self.keeper.save(k, step + 1, meter, averages, stop)

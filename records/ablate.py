@@ -88,8 +88,7 @@ TECHNIQUES = {
     "document masks": ("document_mask=false", "document_mask=true", "-0.009 (#67)"),
     "data subset of 80 %": ("subset_fraction=1", "subset_fraction=0.8", ""),
     "layers 1-2 run 4 times": (
-        "loop_count=1", "loop_start=1 loop_end=2 loop_count=4 loop_from_epoch=4",
-        ""),
+        "loop_count=1", "loop_start=1 loop_end=2 loop_count=4 loop_from_epoch=4", ""),
     "chain distillation": ("kd_alpha=0", "kd_alpha=0.5", "-0.02 and more"),
     "distillation at T=2": ("kd_temperature=1", "kd_temperature=2", ""),
     "first member left out": ("include_first=true", "include_first=false", "in unlimited"),
@@ -106,14 +105,14 @@ ENSEMBLE = (*ENSEMBLE_ONLY, "weight decay", "sawtooth lr, probabilities of 3 epo
             "data subset of 80 %", "SwiGLU")
 
 
-def key_of(flags, seed, ensemble):
-    return {"base": BASE, "flags": flags, "seed": seed, "ensemble": ensemble}
+def key_of(flags, seed, ensemble, base=BASE):
+    return {"base": base, "flags": flags, "seed": seed, "ensemble": ensemble}
 
 
 def finished(flags, seed, ensemble, base=BASE):
     """(selection loss, val loss) of a finished run, or None."""
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-    wanted = key_of(flags, seed, ensemble) | {"base": base}
+    wanted = key_of(flags, seed, ensemble, base)
     for line in map(json.loads, lines):
         if wanted.items() <= line.items():
             return line["selection"], line["val"]

@@ -86,7 +86,7 @@ class Runs:
         self.plain = c
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         same = {name: value for name, value in vars(self.plain).items()
-                if name not in ("run_id", "runs_dir", "log_steps", "log_seconds", "prompt")}
+                if name not in (*t.checkpoint.FREE, "log_steps")}
         self.settings = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
         self.done = {(run["tokens"], run["epochs"], run["weight_decay"]): run for run in map(
             json.loads, lines) if run.pop("settings", None) == self.settings}

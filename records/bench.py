@@ -48,12 +48,9 @@ PRODUCTS = (1024, 2048)     # widths of the matrix products that measure a CPU's
 
 
 # ==== Device: clock, memory, peak ===============================================================
-def now(device):
+def now(rt):
     """Seconds, when the device has done all that it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    rt.synchronize()
     return time.perf_counter()
 
 
@@ -171,10 +168,10 @@ class Stepper:
 
     def seconds(self, distill):
         """Of one whole step."""
-        start = now(self.rt.device)
+        start = now(self.rt)
         self.trainer.gradients(*self.batch(), self.progress, distill)
         self.trainer.optimizer.step(*self.rates)
-        return now(self.rt.device) - start
+        return now(self.rt) - start
 
     def count(self, seconds, wanted):
         """How many steps to measure when one takes `seconds`; the same on all processes."""
@@ -186,15 +183,15 @@ class Stepper:
 
         `backward` is what `gradients` takes beyond its forward passes and losses.
         """
-        device, trainer = self.rt.device, self.trainer
-        times = [now(device)]
-        inputs, targets = (tensor.to(device) for tensor in self.batch())
-        times.append(now(device))
+        rt, trainer = self.rt, self.trainer
+        times = [now(rt)]
+        inputs, targets = (tensor.to(rt.device) for tensor in self.batch())
+        times.append(now(rt))
         with clocked(trainer) as inner:
             trainer.gradients(inputs, targets, self.progress, distill)
-        times.append(now(device))
+        times.append(now(rt))
         trainer.optimizer.step(*self.rates)
-        times.append(now(device))
+        times.append(now(rt))
         data, gradients, optimizer = np.diff(times).tolist()
         return dict(data=data, **inner, backward=gradients - sum(inner.values()),
                     optimizer=optimizer)
@@ -203,14 +200,14 @@ class Stepper:
 @contextlib.contextmanager
 def clocked(trainer):
     """Within: the trainer's forward passes and losses add their seconds to the dict it yields."""
-    seconds, device = dict.fromkeys(("forward", "loss", "teacher"), 0.0), trainer.rt.device
+    seconds, rt = dict.fromkeys(("forward", "loss", "teacher"), 0.0), trainer.rt
 
     def clock(function, piece):
         def run(*arguments):
             name = "teacher" if arguments[0] is trainer.teacher else piece
-            start = now(device)
+            start = now(rt)
             result = function(*arguments)
-            seconds[name] += now(device) - start
+            seconds[name] += now(rt) - start
             return result
         return run
 
@@ -233,10 +230,10 @@ def compiled_frames():
 def measure_steps(t, stepper, memory, steps):
     """Whole steps without ("ce") and with ("kd") a teacher, in turns; recompilations in them."""
     c, trainer = stepper.trainer.c, stepper.trainer
-    start = now(stepper.rt.device)
+    start = now(stepper.rt)
     for _ in range(WARMUP_STEPS):
         last = max(stepper.seconds(False), stepper.seconds(True))
-    warmup, frames = now(stepper.rt.device) - start, compiled_frames()
+    warmup, frames = now(stepper.rt) - start, compiled_frames()
     count = stepper.count(last, steps)
     seconds, peaks = {"ce": [], "kd": []}, {"ce": [], "kd": []}
     for _ in range(count):
@@ -302,9 +299,9 @@ def compare_losses(t, trainer, memory, repeats=PIECE_STEPS):
             loss()[0].backward()
         seconds = []
         for _ in range(1 + repeats):
-            start = now(rt.device)
+            start = now(rt)
             work()
-            seconds.append(now(rt.device) - start)
+            seconds.append(now(rt) - start)
         facts[name] = dict(seconds=median(seconds[1:]), peak_extra_bytes=memory.extra(work))
     for key, unit in ("seconds", "seconds"), ("memory", "peak_extra_bytes"):
         facts[f"{key}_ratio"] = ratio(facts["naive"][unit], facts["ours"][unit])
