@@ -42,9 +42,9 @@ from torch.utils.checkpoint import checkpoint as checkpoint_block
 
 from data.ngram import NGram
 from data.shards import UserError, load_dataset, refuse, write_json
-from records import checkpoint, plot, report
-from records.settings import (check_config, help_text, known, launched, meet, parse_arguments,
-                              parse_schedule, speaks)
+from records import bench, checkpoint, plot, report
+from records.settings import (check_config, convert, help_text, known, launched, meet,
+                              parse_arguments, parse_schedule, speaks)
 
 # ==== Config and tracks =========================================================================
 ROOT = Path(__file__).resolve().parent
@@ -96,7 +96,7 @@ class Config:
     vocab_size: int = opt(50257, "tokens of the dataset's vocabulary (its shards must agree)")
     seq_len: int = opt(2048, "tokens a row")
     batch_rows: int = opt(256, "rows a step, over all devices")
-    device_batch_size: int = opt(4, "rows a micro-batch on one device; lower it on out of memory")
+    device_batch_size: int = opt(4, "rows a micro-batch on a device; 0, auto: what fits", least=0)
 
     # ---- ensemble
     num_models: int = opt(1, "members, trained one after the other")
@@ -215,7 +215,7 @@ TRACKS = {
         dataset="data/sample", vocab_size=2048, train_tokens=50_000, selection_tokens=5_000,
         time_limit=6, seq_len=256, batch_rows=8, device_batch_size=8, num_models=4, num_epochs=10,
         first_epochs=8, ngram_order=4, final_mixture="ngram", kd_alpha=0.5, num_layers=4,
-        model_dim=128, num_heads=4, mlp_multiple=32, window_pattern="L", softcap=15.0,
+        model_dim=128, num_heads=4, mlp_multiple=32, unet=False, window_pattern="L", softcap=15.0,
         matrix_lr=0.04, embed_lr=0.1, head_lr=0.003, x0_lr=0.02, scalar_lr=0.002,
         weight_decay=1.0, momentum_steps=100, lr_warmdown=0.4, lr_power=1.0, loss_chunk=1024,
         compile_model="none"),      # compiling it takes 44 s and saves about 30
@@ -271,15 +271,7 @@ def make_config(track="cpu", **overrides):
     for name, limit in limits.items():
         values[name] = min(limit, values.get(name, getattr(Config, name)))
     for name, value in overrides.items():
-        kind = types[known(name, types, "field")]
-        if isinstance(value, str) and kind is not str:
-            try:
-                value = kind(value) if kind is not bool else {
-                    "true": True, "1": True, "false": False, "0": False}[value.lower()]
-            except (ValueError, KeyError):
-                words = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
-                raise UserError(f"--{name}={value}: must be {words}") from None
-        values[name] = value
+        values[name] = convert(name, value, types[known(name, types, "field")])
     config = Config(**{**values, "track": track})
     check_config(config, VALUE_GATE_CHANNELS)
     return config
@@ -831,7 +823,7 @@ def loss_chunk(h, w, y, y_weights, teacher_h, teacher_w, alpha, temperature, sof
     if teacher_h is not None:
         t = torch.where(real, capped_logits(teacher_h, teacher_w, softcap), -torch.inf)
         teacher_logp = torch.log_softmax(t / temperature, dim=1)
-        student_logp = torch.log_softmax(s / temperature, dim=1)
+        student_logp = torch.log_softmax(s / temperature, dim=1) if temperature != 1 else logp
         q = teacher_logp.exp()
         difference = torch.where(real, teacher_logp - student_logp, 0)
         kl = torch.where(counted, q * difference, 0).sum()
@@ -981,12 +973,14 @@ class MuonAdamW:
 
     Gradients must sum, not average, over ranks to the gradient of the whole batch. Phase 1 starts
     the reductions of all groups, phase 2 updates each rank's share, phase 3 gathers the parameters.
+    compiled: adamw_update compiled, for embedding and head: reads and writes them only once.
     ValueError if a parameter is in no group of the table, or in two.
     """
 
-    def __init__(self, named_parameters, config, world=1, rank=0, dtype=torch.float32, group=None):
+    def __init__(self, named_parameters, config, world=1, rank=0, dtype=torch.float32, group=None,
+                 compiled=None):
         self.config, self.world, self.dtype, self.steps, members = config, world, dtype, 0, {}
-        self.process_group = group
+        self.process_group, self.compiled = group, compiled
         for name, p in named_parameters:
             rows = [row for row in parameter_table(config) if re.fullmatch(row[0], name)]
             if len(rows) != 1:
@@ -1015,7 +1009,10 @@ class MuonAdamW:
             lr, wd = group.lr * lr_multiplier, group.wd * wd_multiplier
             share = group.slice(group.params, group.first, group.share)
             if group.kind == "adamw":
-                adamw_update(share, grad, group.m, group.v, self.steps, lr, wd, *group.betas)
+                numbers, update = (self.steps, lr, wd), adamw_update
+                if self.compiled and share.dim() == 2:      # 0-D: not a graph for each number
+                    numbers, update = map(torch.tensor, map(float, numbers)), self.compiled
+                update(share, grad, group.m, group.v, *numbers, *group.betas)
             else:
                 muon_update(share, grad, group.m, group.v, lr, wd, momentum, c.normuon_beta2,
                             c.muon_eq, c.cautious, self.dtype)
@@ -1221,6 +1218,8 @@ class Trainer:
     """
 
     def __init__(self, c, rt, log, data):
+        c = c if c.device_batch_size else bench.fit_micro_batch(
+            sys.modules[__name__], c, rt, data)
         self.c, self.rt, self.log, self.data = c, rt, log, data
         self.model = self.new_model()
         self.teacher = self.new_model().to(rt.dtype).eval() if c.kd_alpha else None
@@ -1229,6 +1228,7 @@ class Trainer:
         self.forward, self.mtp_hidden = (
             fast(f, c.compile_model == "whole") for f in (GPT.forward, GPT.mtp_hidden))
         self.chunk_function, self.logprobs = fast(loss_chunk), fast(target_logprobs)
+        self.adamw = fast(adamw_update) if rt.compile and c.compile_model != "none" else None
         self.seen, self.compile_seconds, self.eval_seconds = set(), 0.0, 0.0
         self.earlier_seconds = 0.0      # of launches before this one
         self.optimizer, self.one = None, torch.ones(1, device=rt.device)
@@ -1252,7 +1252,7 @@ class Trainer:
     def new_optimizer(self):
         rt = self.rt
         return MuonAdamW(self.model.named_parameters(), self.c, rt.world, rt.rank, rt.dtype,
-                         rt.group)
+                         rt.group, self.adamw)
 
     def clocks(self):
         """[compile, evaluation, wall] seconds of the run so far."""
@@ -1461,7 +1461,7 @@ class Trainer:
 def micro_batch_rows(c, world):
     """Rows of a micro-batch. UserError if the batch cannot be shared out evenly."""
     if c.meta_lr:
-        unit, micro = world * 2 * c.meta_rows, min(c.device_batch_size, c.meta_rows)
+        unit, micro = world * 2 * c.meta_rows, max(1, min(c.device_batch_size, c.meta_rows))
     else:
         fewest = min(rows for rows in (c.batch_rows, c.edge_batch_rows) if rows)
         micro = max(1, min(c.device_batch_size, fewest // world))
@@ -1511,7 +1511,7 @@ def train_chain(trainer, chain, signals):
 def run(c, overrides):
     """Train the members, write the run's folder, print the table; returns the result on rank 0."""
     start, rt = time.perf_counter(), start_runtime(c)
-    micro = micro_batch_rows(c, rt.world)
+    micro_batch_rows(c, rt.world)
     data = load_dataset(ROOT / c.dataset, c)
     claimed = checkpoint.claim(c, report.run_folder(c), data.hashes, rt.is_main)
     folder, began, changes, lock = claimed
@@ -1522,7 +1522,8 @@ def run(c, overrides):
     if c.ngram_order and rt.is_main:
         ngram = NGram(np.concatenate(data.train), c.vocab_size, data.bos, c.ngram_order).score(data)
     rows = Rows(data.train, c.seq_len, c.batch_rows, c.num_epochs, c.seed, data.bos)
-    report.announce(trainer, overrides, rows, micro, not began, changes)
+    report.announce(trainer, overrides, rows, micro_batch_rows(trainer.c, rt.world), not began,
+                    changes)
     with checkpoint.Signals() as signals:
         parts = [train_chain(trainer, chain, signals) for chain in rt.chains]
     trainer.keeper.end()
@@ -1560,7 +1561,7 @@ def dispatch(argv):
     if command == "train":
         run(c, overrides)
     elif command in ("baseline", "bench"):
-        from records import baseline, bench
+        from records import baseline
         measure = baseline.measure_baseline if command == "baseline" else bench.bench
         measure(sys.modules[__name__], c, overrides)
     elif command == "sample":

@@ -6,7 +6,8 @@ Plain: the track's model, optimizer and batch, one member, without teacher and d
 D, multiples of the track's train_tokens as far as the data goes: (a) one epoch with the usual
 weight decay; (b) the best on `selection` over epochs and weight decays, found by a search that
 begins at each D with what was best at the D before: fewer epochs while that helps (at the smallest
-D else more), then the other weight decay. Both curves hold val losses and go into the dataset's
+D else more), then the other weight decay. Both with and without U-Net skips, whichever is better on
+selection (few steps want them, many do not). Both curves hold val losses and go into the dataset's
 meta.json. Every run is a line of runs/baseline_<track>/runs.jsonl and is not repeated when the
 command is started again.
 """
@@ -18,7 +19,7 @@ from dataclasses import replace
 from data.shards import HEADER_INTS, write_meta
 
 MULTIPLES = (1, 2, 4, 8, 12, 16)
-TUNED_UP_TO = 12                        # the largest multiple for (b), which costs epochs times D
+TUNED_UP_TO = 4                         # the largest multiple for (b), which costs epochs times D
 USUAL_WEIGHT_DECAY = 0.1
 WEIGHT_DECAYS = (0.1, 1.0)
 PLAIN = dict(                           # what a baseline does without, on any track
@@ -28,6 +29,7 @@ PLAIN = dict(                           # what a baseline does without, on any t
     stochastic_depth=0.0, loop_count=1, recurrence_from=0.0, window_schedule="",
     sawtooth_epochs=0, wd_schedule="0:1")
 FIRST_GUESS = 8, 1.0                    # epochs and weight decay at the smallest D
+KEY = "tokens", "epochs", "weight_decay", "unet"        # what tells runs apart
 
 
 def measure_baseline(t, c, overrides):
@@ -41,13 +43,13 @@ def measure_baseline(t, c, overrides):
     available = sum((path.stat().st_size - 4 * HEADER_INTS) // 2
                     for path in dataset.glob("*_train_*.bin"))
     budgets = [(m, m * c.train_tokens) for m in MULTIPLES if m * c.train_tokens <= available]
-    one_epoch = [[tokens, runs.measure(tokens, 1, USUAL_WEIGHT_DECAY)["val"]]
-                 for _, tokens in budgets]
-    chosen, guess = [], FIRST_GUESS
+    one_epoch = [[tokens, min((runs.measure(tokens, 1, USUAL_WEIGHT_DECAY, unet) for unet in (
+        True, False)), key=by_selection)["val"]] for _, tokens in budgets]
+    chosen, guess = [], (*FIRST_GUESS, c.unet)
     for multiple, tokens in budgets:
         if multiple <= TUNED_UP_TO:
             chosen.append(search(runs, tokens, *guess, may_rise=not chosen))
-            guess = chosen[-1]["epochs"], chosen[-1]["weight_decay"]
+            guess = [chosen[-1][key] for key in ("epochs", "weight_decay", "unet")]
     tuned = [[best["tokens"], best["val"]] for best in chosen]
     if rt.rank == 0:
         meta = json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
@@ -61,51 +63,58 @@ def measure_baseline(t, c, overrides):
             f" {t.report.minutes(time.perf_counter() - start)}")
 
 
-def search(runs, tokens, epochs, wd, may_rise):
-    """The run with the lowest selection loss at budget `tokens`, from (epochs, wd) outwards."""
-    def better(best, epochs, wd):
-        return min(best, runs.measure(tokens, epochs, wd), key=lambda run: run["selection"])
+def by_selection(run):
+    return run["selection"]
 
-    best = runs.measure(tokens, epochs, wd)
-    while best["epochs"] > 1 and better(best, best["epochs"] // 2, wd) is not best:
-        best = better(best, best["epochs"] // 2, wd)
+
+def search(runs, tokens, epochs, wd, unet, may_rise):
+    """The run with the lowest selection loss at budget `tokens`, from the settings outwards."""
+    def better(best, epochs, wd=wd, unet=unet):
+        return min(best, runs.measure(tokens, epochs, wd, unet), key=by_selection)
+
+    best = runs.measure(tokens, epochs, wd, unet)
+    while best["epochs"] > 1 and better(best, best["epochs"] // 2) is not best:
+        best = better(best, best["epochs"] // 2)
     if may_rise and best["epochs"] == epochs:
-        while better(best, best["epochs"] * 2, wd) is not best:
-            best = better(best, best["epochs"] * 2, wd)
+        while better(best, best["epochs"] * 2) is not best:
+            best = better(best, best["epochs"] * 2)
     for other in set(WEIGHT_DECAYS) - {wd}:
         best = better(best, best["epochs"], other)
-    return best
+    return better(best, best["epochs"], best["weight_decay"], not unet)
 
 
 class Runs:
-    """Trains plain models with one compiled trainer and remembers what was measured."""
+    """Trains plain models with compiled trainers and remembers what was measured."""
 
     def __init__(self, t, c, rt, log, folder):
         self.t, self.rt, self.log, self.path = t, rt, log, folder / "runs.jsonl"
-        self.trainer = None
+        self.trainers = {}      # by unet
         self.plain = c
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         same = {name: value for name, value in vars(self.plain).items()
-                if name not in (*t.checkpoint.FREE, "log_steps")}
+                if name not in (*t.checkpoint.FREE, "log_steps", "unet")}
         self.settings = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
-        self.done = {(run["tokens"], run["epochs"], run["weight_decay"]): run for run in map(
-            json.loads, lines) if run.pop("settings", None) == self.settings}
+        runs = [run for run in map(json.loads, lines) if run.pop("settings", 0) == self.settings]
+        self.done = {tuple(run[key] for key in KEY): run for run in runs}
 
-    def measure(self, tokens, epochs, wd):
-        """{tokens, epochs, weight_decay, selection, val} of a plain model, trained if need be."""
-        if (tokens, epochs, wd) in self.done:
-            return self.done[tokens, epochs, wd]
+    def measure(self, tokens, epochs, wd, unet):
+        """{tokens, epochs, weight_decay, unet, selection, val} of a plain model, trained if new."""
+        run = dict(zip(KEY, (tokens, epochs, wd, unet)))
+        if tuple(run.values()) in self.done:
+            return self.done[tuple(run.values())]
         t, setting = self.t, replace(self.plain, train_tokens=tokens, num_epochs=epochs,
-                                     weight_decay=wd)
+                                     weight_decay=wd, unet=unet)
         data = t.load_dataset(t.ROOT / setting.dataset, setting)
         data.holdout = []               # not looked at here
-        self.trainer = self.trainer or t.Trainer(setting, self.rt, self.log, data)
-        self.trainer.c, self.trainer.data = setting, data
-        _, scores = self.trainer.train_member(1)
-        run = dict(tokens=tokens, epochs=epochs, weight_decay=wd)
+        if unet not in self.trainers:
+            self.trainers[unet] = t.Trainer(setting, self.rt, self.log, data)
+        trainer = self.trainers[unet]
+        trainer.c, trainer.data = replace(
+            setting, device_batch_size=trainer.c.device_batch_size), data
+        _, scores = trainer.train_member(1)
         for split in ("selection", "val"):
             run[split] = round(t.mean_loss(scores[split]), 4)
-        self.done[tokens, epochs, wd] = run
+        self.done[tokens, epochs, wd, unet] = run
         self.log.say(" ".join(f"{k}:{v}" for k, v in run.items()))
         if self.rt.rank == 0:
             with open(self.path, "a", encoding="utf-8") as file:

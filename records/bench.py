@@ -31,7 +31,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from data.shards import Dataset, refuse, split_documents
+from data.shards import Dataset, UserError, refuse, split_documents
 from records.bench_public import naive_loss, public_trainer
 
 STEPS = 20                  # that a median is over
@@ -40,6 +40,7 @@ PIECE_STEPS = 5             # for the pieces of a step, and for the public step
 WARMUP_STEPS = 2            # of each kind
 KD_ALPHA = 0.5              # where the track has no teacher
 LOSS_TOKENS = 8192          # of the comparison of losses, if they fit
+LOSS_ROOM = 0.75            # part of the free memory that the comparison may take
 LOGIT_COPIES = 9            # fp32 [N, V] that the public loss with KD has at its peak, about
 FULL_BATCH = 524_288        # tokens of the public tracks' step
 DOCUMENT = 500              # tokens of a random document, on average
@@ -147,12 +148,13 @@ def random_data(c, steps):
 
 
 class Stepper:
-    """Training steps of a trainer with a teacher, in the last stage of its plan."""
+    """Training steps of a trainer, in the last stage of its plan."""
 
     def __init__(self, t, trainer):
         c, self.trainer, self.rt, self.number = trainer.c, trainer, trainer.rt, 0
         trainer.model.init_weights(c.seed + 1)
-        trainer.teacher.load_state_dict(trainer.model.state_dict())
+        if trainer.teacher is not None:
+            trainer.teacher.load_state_dict(trainer.model.state_dict())
         trainer.start_member(c, c.seed, 1)
         trainer.model.prepare(c.seq_len)
         self.rows = t.Rows(trainer.data.train, c.seq_len, c.batch_rows, ENDLESS, c.seed,
@@ -226,6 +228,43 @@ def compiled_frames():
     return torch._dynamo.utils.counters["frames"]["total"]
 
 
+# ==== The micro-batch that fits ==================================================================
+FILLED = 0.9                # part of the free memory that a micro-batch may take
+
+
+def fit_micro_batch(t, c, rt, data):
+    """`c` with the largest power of two as device_batch_size that memory has room for.
+
+    Steps (with a teacher, if there is one) in micro-batches of 1 and of 2 rows are measured, in the
+    last stage of the plan; what further rows need grows in proportion.
+    """
+    memory, need, rows = Memory(rt.device), [], 1
+    if memory.peak() is None:
+        rt.notes.append(f"memory    not known on {rt.device.type}: micro-batches of 1 row")
+        return replace(c, device_batch_size=1)
+    for size in (1, 2):
+        trainer = t.Trainer(replace(c, device_batch_size=size), rt, None, data)
+        stepper = Stepper(t, trainer)
+        stepper.seconds(bool(c.kd_alpha))       # compiles
+        need.append(memory.extra(lambda: stepper.seconds(bool(c.kd_alpha))) or 2 ** 20)
+        room = FILLED * memory.free()
+        del trainer, stepper
+    while may_be(t, c, rt, 2 * rows) and need[0] + (2 * rows - 1) * (need[1] - need[0]) <= room:
+        rows *= 2
+    everywhere = rt.gather(torch.tensor([rows], device=rt.device), torch.distributed.group.WORLD)
+    rows = int(everywhere.min())
+    rt.notes.append(f"memory    micro-batches of {rows} row(s): what fits, by steps with 1 and 2")
+    return replace(c, device_batch_size=rows)
+
+
+def may_be(t, c, rt, rows):
+    """Whether the batch can be shared out in micro-batches of `rows` rows."""
+    try:
+        return t.micro_batch_rows(replace(c, device_batch_size=rows), rt.world) == rows
+    except UserError:
+        return False
+
+
 # ==== What is measured ==========================================================================
 def measure_steps(t, stepper, memory, steps):
     """Whole steps without ("ce") and with ("kd") a teacher, in turns; recompilations in them."""
@@ -281,7 +320,8 @@ def optimizer_share(stepper, facts):
 def compare_losses(t, trainer, memory, repeats=PIECE_STEPS):
     """Forward and backward of ChunkedLoss and of naive_loss, with KD, on the same tensors."""
     c, rt, room = trainer.c, trainer.rt, memory.free()
-    fits = LOSS_TOKENS if room is None else int(room / 2 / (4 * LOGIT_COPIES * c.padded_vocab))
+    bytes_a_token = 4 * LOGIT_COPIES * c.padded_vocab
+    fits = LOSS_TOKENS if room is None else int(LOSS_ROOM * room / bytes_a_token)
     tokens = max(1, min(LOSS_TOKENS, fits))
     draw = lambda rows: torch.randn(rows, c.model_dim, device=rt.device)
     hidden = draw(tokens).to(rt.dtype).requires_grad_()
@@ -298,7 +338,7 @@ def compare_losses(t, trainer, memory, repeats=PIECE_STEPS):
             hidden.grad = weight.grad = None
             loss()[0].backward()
         seconds = []
-        for _ in range(1 + repeats):
+        while len(seconds) < 1 + (repeats if not seconds or seconds[-1] < SLOW_STEP else FEW_STEPS):
             start = now(rt)
             work()
             seconds.append(now(rt) - start)
@@ -425,16 +465,18 @@ def bench(t, c, overrides, steps=STEPS):
     refuse([(c.vocab_size > 1 << 16, f"--vocab_size={c.vocab_size}: tokens must be below 65,536")])
     rt = t.start_runtime(c)
     c = replace(c, kd_alpha=c.kd_alpha or KD_ALPHA)
-    micro, memory = t.micro_batch_rows(c, rt.world), Memory(rt.device)
+    memory = Memory(rt.device)
     say = lambda lines: rt.is_main and print("\n".join(lines), flush=True)
     data = random_data(c, 2 * (WARMUP_STEPS + steps + PIECE_STEPS))
+    c = c if c.device_batch_size else fit_micro_batch(t, c, rt, data)
     facts = dict(
         time=time.strftime("%Y-%m-%d %H:%M:%S"), track=c.track, overrides=overrides,
         hardware=t.report.hardware_name(rt.device), processes=t.report.processes(),
         device=rt.device.type, dtype=str(rt.dtype).removeprefix("torch."), compile=rt.compile,
         attention=rt.attention, torch=torch.__version__, python=sys.version.split()[0],
         commit=t.report.git_commit(), tokens_per_step=c.batch_rows * c.seq_len,
-        micro_batch_rows=micro, **measure_ours(t, c, rt, data, memory, steps, say))
+        micro_batch_rows=t.micro_batch_rows(c, rt.world),
+        **measure_ours(t, c, rt, data, memory, steps, say))
     memory.settle()
     facts["public"] = measure_public(t, c, rt, data, memory, facts["kd"]["seconds"])
     say(public_lines(facts["public"]))

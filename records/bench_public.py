@@ -33,10 +33,14 @@ def naive_loss(t, hidden, weight, targets, target_weights, teacher_hidden, teach
 
 
 class ReplicatedOptimizer:
-    """The update of t.MuonAdamW, by every process on every parameter, one after the other."""
+    """The update of t.MuonAdamW, by every process on every parameter, one after the other.
 
-    def __init__(self, t, named_parameters, c, rt):
+    compiled: as there, since public code compiles AdamW as well.
+    """
+
+    def __init__(self, t, named_parameters, c, rt, compiled=None):
         self.t, self.c, self.rt, self.steps, self.groups = t, c, rt, 0, []
+        self.compiled = compiled
         for name, p in named_parameters:
             (_, kind, lr, wd, betas), = (
                 row for row in t.parameter_table(c) if re.fullmatch(row[0], name))
@@ -55,7 +59,10 @@ class ReplicatedOptimizer:
         for group, p in zip(self.groups, params):
             lr, wd = group.lr * lr_multiplier, group.wd * wd_multiplier
             if group.kind == "adamw":
-                t.adamw_update(p, p.grad, group.m, group.v, self.steps, lr, wd, *group.betas)
+                numbers, update = (self.steps, lr, wd), t.adamw_update
+                if self.compiled and p.dim() == 2:
+                    numbers, update = map(torch.tensor, map(float, numbers)), self.compiled
+                update(p.detach(), p.grad, group.m, group.v, *numbers, *group.betas)
             else:
                 t.muon_update(p.unsqueeze(0), p.grad.unsqueeze(0), group.m, group.v, lr, wd,
                               momentum, c.normuon_beta2, c.muon_eq, c.cautious, self.rt.dtype)
@@ -91,7 +98,8 @@ def public_trainer(t, c, rt, data):
 
         def start_member(self, c, seed, k):
             self.model.train().init_weights(seed)
-            self.optimizer = ReplicatedOptimizer(t, self.model.named_parameters(), c, self.rt)
+            self.optimizer = ReplicatedOptimizer(t, self.model.named_parameters(), c, self.rt,
+                                                 self.adamw)
             torch.manual_seed(7919 * seed + self.rt.rank)
 
     return PublicTrainer(c, replace(rt, attention="sdpa"), None, data)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from data.shards import GPT2_VOCAB, UserError, write_whole
 from records.checkpoint import SOURCES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT, IMPORTED = Path(__file__).resolve().parent.parent, time.perf_counter()
 
 # Dense bf16 peak of a device, FLOP/s, by whole words of its name: NVIDIA's data sheets.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12,
@@ -68,6 +68,7 @@ class Log:
     def __init__(self, folder, active, every_seconds):
         self.folder, self.active, self.every = folder, active, every_seconds
         self.terminal, self.live, self.last = sys.stdout.isatty(), False, 0.0
+        self.startup = None         # seconds from launch to the end of the first step
         if active:
             (folder / "members").mkdir(parents=True, exist_ok=True)
             self.text = open(folder / "log.txt", "a", encoding="utf-8")
@@ -165,6 +166,15 @@ def announce(trainer, overrides, rows, micro, is_new, changes):
         log.say(line)
 
 
+def seconds_since_launch():
+    """Seconds that this process has been there, imports included; off Linux, since this import."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        since_boot = float(Path("/proc/uptime").read_text().split()[0])
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return since_boot - ticks / os.sysconf("SC_CLK_TCK")
+    return time.perf_counter() - IMPORTED
+
+
 class Meter:
     """Clock, progress line and metrics of one member's training."""
 
@@ -208,6 +218,11 @@ class Meter:
         c, rt, rows, k = self.trainer.c, self.trainer.rt, self.rows, self.k
         self.recent.append(sums)
         self.trainer.at = step + 1
+        if self.trainer.log.startup is None:
+            self.trainer.log.startup = seconds_since_launch()
+            self.trainer.log.say(
+                f"start-up  {self.trainer.log.startup:.1f} s from launch to the end of the first"
+                f" step, {self.trainer.compile_seconds:.1f} s of them compilation")
         if not compiled:
             self.steps += 1
             self.flops += self.flops_per_token[stage] * self.step_tokens
@@ -305,6 +320,7 @@ def summarize(trainer, members, curve, ngram, memory, overrides, start):
         "train_tokens": c.train_tokens, "train_seconds": round(train_seconds, 3),
         "wall_seconds": round(time.perf_counter() - start + trainer.earlier_seconds, 3),
         "compile_seconds": round(trainer.compile_seconds, 3),
+        "startup_seconds": trainer.log.startup and round(trainer.log.startup, 3),
         "eval_seconds": round(trainer.eval_seconds, 3),
         "tokens_per_second": round(average("tokens_per_second"), 1),
         "mfu": round(average("mfu"), 4) if members[0]["mfu"] else None,

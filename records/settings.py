@@ -29,6 +29,20 @@ def parse_arguments(argv):
     return {name: text for name, _, text in pairs}
 
 
+def convert(name, value, kind):
+    """`value` of the field `name`, from its text if it is one; UserError if no such `kind`."""
+    if not isinstance(value, str) or kind is str:
+        return value
+    if kind is int and value == "auto":
+        return 0            # which only some fields may be
+    try:
+        return kind(value) if kind is not bool else {
+            "true": True, "1": True, "false": False, "0": False}[value.lower()]
+    except (ValueError, KeyError):
+        words = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"--{name}={value}: must be {words}") from None
+
+
 def launched():
     """(rank, rank here, processes, processes here), as torchrun says; UserError if that is junk."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")

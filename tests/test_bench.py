@@ -224,3 +224,43 @@ def test_random_documents_begin_with_bos():
     assert len(data.train) > 3
     for document in data.train:
         assert document[0] == data.bos == 299 and (document[1:] < 299).all()
+
+
+# ==== device_batch_size=auto ====================================================================
+@pytest.mark.parametrize("room, rows", [(99, 1), (100, 1), (139, 1), (140, 2), (220, 4), (379, 4),
+                                        (380, 8), (10 ** 6, 8)])
+def test_largest_micro_batch_that_fits(room, rows, monkeypatch):
+    """Steps that need 100 MiB with one row and 40 more with each further one; 8 rows a batch."""
+    c = t.make_config("cpu", preset="toy", device="cpu", device_batch_size="auto", batch_rows=8)
+    assert c.device_batch_size == 0
+    rt, tried = t.start_runtime(c), []
+
+    def extra(memory, work):
+        tried.append(work.__closure__[-1].cell_contents.trainer.c.device_batch_size)
+        return (100 + 40 * (tried[-1] - 1)) * 2 ** 20
+    monkeypatch.setattr(bench.Memory, "extra", extra)
+    monkeypatch.setattr(bench.Memory, "free", lambda memory: room * 2 ** 20 / bench.FILLED)
+    trainer = t.Trainer(c, rt, None, bench.random_data(c, 10))
+    assert tried == [1, 2]
+    assert t.micro_batch_rows(trainer.c, 1) == rows == trainer.c.device_batch_size
+    assert f"micro-batches of {rows} row(s)" in rt.notes[-1]
+
+
+def test_micro_batch_where_memory_is_not_known(monkeypatch):
+    monkeypatch.setattr(bench.Memory, "peak", lambda memory: None)
+    c = t.make_config("cpu", preset="toy", device="cpu", device_batch_size="auto")
+    assert t.Trainer(c, t.start_runtime(c), None, bench.random_data(c, 9)).c.device_batch_size == 1
+
+
+def test_bench_finds_its_micro_batch(tmp_path):
+    done = command("--track=tiny", *SMALL, "--batch_rows=16", "--device_batch_size=auto",
+                   f"--runs_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    facts = only_line(tmp_path)
+    assert facts["micro_batch_rows"] == facts["config"]["device_batch_size"] == 2   # meta_rows
+    assert "micro-batches of 2 row(s)" in done.stdout
+
+
+def test_only_a_micro_batch_is_automatic():
+    with pytest.raises(t.UserError, match="--num_layers=0"):
+        t.make_config("cpu", num_layers="auto")

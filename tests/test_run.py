@@ -186,6 +186,7 @@ def test_result_has_what_every_run_reports(toy):
     assert result["train_seconds"] == pytest.approx(
         sum(m["train_seconds"] for m in result["members"]), abs=0.01)
     assert 0 < result["train_seconds"] + result["compile_seconds"] < result["wall_seconds"]
+    assert 0 < result["startup_seconds"] < 300
     assert result["tokens_per_second"] > 0 and result["mfu"] is None     # unknown peak: n/a
     assert 2 ** 26 < result["peak_memory_bytes"] < 2 ** 33
     assert "CPU" in result["hardware"] and result["torch"] == torch.__version__
@@ -491,8 +492,11 @@ def test_baseline_is_stored_and_not_repeated(tmp_path, monkeypatch, capsys):
         "val"]
     lines = (runs / "baseline_cpu/runs.jsonl").read_text(encoding="utf-8").splitlines()
     done = [json.loads(line) for line in lines]
-    settings = [(r["tokens"], r["epochs"], r["weight_decay"]) for r in done]
-    assert len(set(settings)) == len(settings) >= 4     # one epoch twice, and a search
+    settings = [(r["tokens"], r["epochs"], r["weight_decay"], r["unet"]) for r in done]
+    assert len(set(settings)) == len(settings) >= 6     # one epoch, two sizes and ways; a search
+    best = {n: min((r for r in done if r["epochs"] == 1 and r["tokens"] == n and
+                    r["weight_decay"] == 0.1), key=lambda r: r["selection"]) for n in (3000, 6000)}
+    assert stored["one_epoch"] == [[n, run["val"]] for n, run in best.items()]
     assert all(math.isfinite(r["val"]) and math.isfinite(r["selection"]) for r in done)
 
     def never(*_):
