@@ -23,7 +23,7 @@ fi
 python=.venv/bin/python
 # OpenMP threads that wait spin a little, but not long enough to steal the cores of others; memory
 # that is freed stays with the process, instead of being zeroed for it again (glibc)
-export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1073741824}"
 

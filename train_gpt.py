@@ -40,11 +40,11 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint as checkpoint_block
 
-from data.ngram import NGram
-from data.shards import UserError, load_dataset, refuse, write_json
-from records import bench, checkpoint, plot, report
+from data.ngram import NGram, weights_by_support
+from data.shards import load_dataset, refuse, write_json
+from records import baseline, bench, checkpoint, plot, report
 from records.settings import (check_config, convert, help_text, known, launched, meet,
-                              parse_arguments, parse_schedule, speaks)
+                              parse_arguments, parse_schedule)
 
 # ==== Config and tracks =========================================================================
 ROOT = Path(__file__).resolve().parent
@@ -106,6 +106,7 @@ class Config:
     subset_fraction: float = opt(1.0, "part of the documents that a member sees")
     include_first: bool = opt(True, "keep the first, undistilled member in the ensemble")
     ngram_order: int = opt(0, "order, to 4, of an n-gram member; 0: none", least=0, below=5)
+    ngram_support: bool = opt(True, "weights beside it depend on what it knows of the context")
     final_mixture: str = opt("uniform", "mixture that is the declared result",
                              "uniform", "learned", "ngram")
     mixture_size: int = opt(0, "members kept in the learned mixture, the heaviest; 0: all", least=0)
@@ -213,11 +214,11 @@ LARGE = dict(loop_start=15, loop_end=20, loop_count=3, mtp_weight=0.3, iha=True,
 TRACKS = {
     "cpu": dict(
         dataset="data/sample", vocab_size=2048, train_tokens=50_000, selection_tokens=5_000,
-        time_limit=6, seq_len=256, batch_rows=8, device_batch_size=8, num_models=4, num_epochs=10,
-        first_epochs=8, ngram_order=4, final_mixture="ngram", kd_alpha=0.5, num_layers=4,
-        model_dim=128, num_heads=4, mlp_multiple=32, unet=False, window_pattern="L", softcap=15.0,
-        matrix_lr=0.04, embed_lr=0.1, head_lr=0.003, x0_lr=0.02, scalar_lr=0.002,
-        weight_decay=1.0, momentum_steps=100, lr_warmdown=0.4, lr_power=1.0, loss_chunk=1024,
+        time_limit=6, seq_len=256, batch_rows=8, device_batch_size=8, num_models=4, num_epochs=8,
+        ngram_order=4, final_mixture="ngram", kd_alpha=0.5, num_layers=4, model_dim=128,
+        num_heads=4, mlp_multiple=32, unet=False, dropout=0.0, window_pattern="L", softcap=15.0,
+        matrix_lr=0.04, embed_lr=0.1, head_lr=0.003, x0_lr=0.02, scalar_lr=0.002, weight_decay=1.0,
+        momentum_steps=100, lr_warmdown=0.4, lr_power=1.0, loss_chunk=1024,
         compile_model="none"),      # compiling it takes 44 s and saves about 30
     "mini": dict(
         train_tokens=4_000_000, selection_tokens=60_000, time_limit=15, seq_len=1024, batch_rows=64,
@@ -1083,16 +1084,16 @@ def mean_loss(logp):
 
 
 def mixture_logp(logps, weights=None):
-    """log p(target) of a mixture of models: k arrays [n], weights [k] (None: equal) -> fp64 [n].
+    """log p(target) of a mixture of models, fp64 [n]: k arrays [n], weights [k] (None: equal).
 
     A target's probability under a mixture is the mixture of its probabilities, so one float a token
-    and member is all that an ensemble's loss takes.
+    and member is all that an ensemble's loss takes. Weights may differ by token: [k, n].
     """
     weights = np.full(len(logps), 1 / len(logps)) if weights is None else np.asarray(weights)
     total = np.full(len(logps[0]), -np.inf)
-    for weight, logp in zip(weights, logps):
-        if weight > 0:
-            np.logaddexp(total, math.log(weight) + np.asarray(logp, np.float64), out=total)
+    with np.errstate(divide="ignore"):
+        for weight, logp in zip(np.log(weights), logps):
+            np.logaddexp(total, weight + np.asarray(logp, np.float64), out=total)
     return total
 
 
@@ -1113,17 +1114,23 @@ def fit_mixture(logps, iterations=3000, tolerance=1e-5):
     return weights / weights.sum()
 
 
-def learned_mixture(members, size=0):
+def learned_mixture(members, size=0, support=None):
     """val and holdout losses, and the weights, of the mixture that is fitted on selection.
 
-    members: a list of {split: log p(target)}. size: members kept, the heaviest; 0: all.
+    members: a list of {split: log p(target)}. size: members kept, the heaviest; 0: all. support:
+    {split: what the n-gram, the last member, knows of each context}: weights depend on it.
     """
-    weights = fit_mixture([m["selection"] for m in members])
+    logps = {split: [m[split] for m in members] for split in ("selection", "val", "holdout")}
+    weights = fit_mixture(logps["selection"])
     if 0 < size < len(members):         # as slowrun #90: cut off, then renormalized
         weights[np.argsort(weights)[:-size]] = 0.0
         weights /= weights.sum()
-    losses = (mean_loss(mixture_logp([m[split] for m in members], weights))
-              for split in ("val", "holdout"))
+    table, losses = None, []
+    if support:
+        table = weights_by_support(logps["selection"], support["selection"], weights)
+    for split in ("val", "holdout"):
+        by_token = table[:, support[split]] if support else weights
+        losses.append(mean_loss(mixture_logp(logps[split], by_token)))
     return (*losses, [round(float(w), 4) for w in weights])
 
 
@@ -1132,11 +1139,12 @@ def kept_members(members, c):
     return [m for i, m in enumerate(members) if c.include_first or i % c.num_models]
 
 
-def ensemble_curve(members, c, ngram=None):
+def ensemble_curve(members, c, ngram=None, support=None):
     """One dict for each n: the mixtures of the first n members that the ensemble may hold.
 
     members: a list of {split: log p(target)} in the order of training; ngram: the same of the
-    count-based member. Beyond 16 members weights are fitted for powers of two and all only.
+    count-based member, support: for learned_mixture. Beyond 16 members weights are fitted for
+    powers of two and all only.
     """
     kept, numbers = kept_members(members, c), kept_members(range(1, len(members) + 1), c)
     curve, sums = [], {}
@@ -1146,10 +1154,12 @@ def ensemble_curve(members, c, ngram=None):
             sums[split] = np.logaddexp(sums.get(split, -np.inf), logp.astype(np.float64))
             point[f"{split}_loss"] = mean_loss(sums[split]) + math.log(n)
         if "selection" in some[0] and (n <= 16 or n == len(kept) or n & (n - 1) == 0):
-            for name, mixed in ("learned", some), ("ngram", [*some, ngram] if ngram else None):
-                if mixed:
-                    (point[f"val_loss_{name}"], point[f"holdout_loss_{name}"],
-                     point[f"weights_{name}"]) = learned_mixture(mixed, c.mixture_size)
+            mixtures = {"learned": (some, c.mixture_size)}
+            if ngram:
+                mixtures["ngram"] = [*some, ngram], c.mixture_size, support
+            for name, mixture in mixtures.items():
+                (point[f"val_loss_{name}"], point[f"holdout_loss_{name}"],
+                 point[f"weights_{name}"]) = learned_mixture(*mixture)
         curve.append(point)
     return curve
 
@@ -1218,8 +1228,8 @@ class Trainer:
     """
 
     def __init__(self, c, rt, log, data):
-        c = c if c.device_batch_size else bench.fit_micro_batch(
-            sys.modules[__name__], c, rt, data)
+        if not c.device_batch_size:
+            c = bench.fit_micro_batch(sys.modules[__name__], c, rt, data)
         self.c, self.rt, self.log, self.data = c, rt, log, data
         self.model = self.new_model()
         self.teacher = self.new_model().to(rt.dtype).eval() if c.kd_alpha else None
@@ -1229,10 +1239,9 @@ class Trainer:
             fast(f, c.compile_model == "whole") for f in (GPT.forward, GPT.mtp_hidden))
         self.chunk_function, self.logprobs = fast(loss_chunk), fast(target_logprobs)
         self.adamw = fast(adamw_update) if rt.compile and c.compile_model != "none" else None
-        self.seen, self.compile_seconds, self.eval_seconds = set(), 0.0, 0.0
-        self.earlier_seconds = 0.0      # of launches before this one
+        self.compile_seconds = self.eval_seconds = self.earlier_seconds = 0.0   # earlier launches
         self.optimizer, self.one = None, torch.ones(1, device=rt.device)
-        self.plan = stages(c)
+        self.plan, self.seen = stages(c), set()
         self.flops = {stage: flops_per_token(c, stage) for stage in self.plan}  # of a token
         # a teacher's forward is a third of a step; 3 p - 2: all of its passes are forward only
         last = self.plan[-1]._replace(passes=3 * self.plan[-1].passes - 2)
@@ -1250,9 +1259,8 @@ class Trainer:
         return model
 
     def new_optimizer(self):
-        rt = self.rt
-        return MuonAdamW(self.model.named_parameters(), self.c, rt.world, rt.rank, rt.dtype,
-                         rt.group, self.adamw)
+        return MuonAdamW(self.model.named_parameters(), self.c, self.rt.world, self.rt.rank,
+                         self.rt.dtype, self.rt.group, self.adamw)
 
     def clocks(self):
         """[compile, evaluation, wall] seconds of the run so far."""
@@ -1518,9 +1526,10 @@ def run(c, overrides):
     if (folder / "result.json").exists() and not changes:
         return report.show_finished(sys.modules[__name__], folder, rt.is_main)
     log = report.Log(folder, rt.is_main, c.log_seconds)
-    trainer, ngram = Trainer(c, rt, log, data), None
+    trainer, ngram, support = Trainer(c, rt, log, data), None, None
     if c.ngram_order and rt.is_main:
-        ngram = NGram(np.concatenate(data.train), c.vocab_size, data.bos, c.ngram_order).score(data)
+        ngram, support = NGram(
+            np.concatenate(data.train), c.vocab_size, data.bos, c.ngram_order).score(data)
     rows = Rows(data.train, c.seq_len, c.batch_rows, c.num_epochs, c.seed, data.bos)
     report.announce(trainer, overrides, rows, micro_batch_rows(trainer.c, rt.world), not began,
                     changes)
@@ -1535,7 +1544,7 @@ def run(c, overrides):
                        dist.group.WORLD)
     result = None
     if rt.is_main:
-        curve = ensemble_curve(scores, c, ngram)
+        curve = ensemble_curve(scores, c, ngram, support if c.ngram_support else None)
         alone = {f"{split}_loss": mean_loss(p) for split, p in (ngram or {}).items()}
         result = report.summarize(trainer, members, curve, alone, memory, overrides, start)
         plot.plot_progress(result, folder / "progress.png")
@@ -1561,7 +1570,6 @@ def dispatch(argv):
     if command == "train":
         run(c, overrides)
     elif command in ("baseline", "bench"):
-        from records import baseline
         measure = baseline.measure_baseline if command == "baseline" else bench.bench
         measure(sys.modules[__name__], c, overrides)
     elif command == "sample":
@@ -1577,18 +1585,11 @@ def main(argv=None):
     try:
         dispatch(list(sys.argv[1:] if argv is None else argv))
         return 0
-    except (checkpoint.Stopped, KeyboardInterrupt) as stop:
-        message, code = stop.args or ("stopped at once; what was saved last goes on", 130)
-        if speaks():
-            print(message, file=sys.stderr)
-        return code
-    except (UserError, RuntimeError, OSError, FloatingPointError, MemoryError) as error:
-        message = report.explain(error)
-        if message is None:     # a defect: its traceback is wanted
+    except (Exception, KeyboardInterrupt) as error:
+        code = report.tell(error)
+        if code is None:        # a defect: its traceback is wanted
             raise
-        if speaks() or not isinstance(error, UserError) or isinstance(error, checkpoint.Lost):
-            print(f"error: {message}", file=sys.stderr)
-        return 2
+        return code
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -29,8 +29,9 @@ RUNS = ROOT / "runs" / "ablations"
 RESULTS, TABLE = ROOT / "records" / "ablations.jsonl", ROOT / "records" / "ABLATIONS.md"
 SEEDS = (2, 3, 1)
 BASE = ""       # flags that lead from the track's settings to those that are ablated
-# other bases whose pairs count too: computed another way, or for two epochs less
-SAME = (BASE, "compile_model=whole", "num_epochs=8")
+# other bases whose pairs count too: settings that the track had before, or computed another way
+SAME = (BASE, "dropout=0.1", "dropout=0.1 compile_model=whole", "unet=true dropout=0.1",
+        "unet=true dropout=0.1 compile_model=whole", "unet=true", "unet=true compile_model=whole")
 
 # name: (fields when off, fields when on, the change of val loss that its authors measured)
 TECHNIQUES = {
@@ -122,7 +123,8 @@ def finished(flags, seed, ensemble, base=BASE):
 def train(job):
     """Run the job (flags, seed, ensemble, threads) unless it is done, and note its losses."""
     flags, seed, ensemble, threads = job
-    if finished(flags, seed, ensemble):
+    if any(finished(flags, seed, ensemble, base) and finished("", seed, ensemble, base)
+           for base in SAME):
         return
     digest = hashlib.sha256(json.dumps(key_of(*job[:3])).encode()).hexdigest()
     name = f"{'ensemble' if ensemble else 'member'}_{digest[:12]}"

@@ -25,6 +25,7 @@ import re
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -243,12 +244,12 @@ def fit_micro_batch(t, c, rt, data):
         rt.notes.append(f"memory    not known on {rt.device.type}: micro-batches of 1 row")
         return replace(c, device_batch_size=1)
     for size in (1, 2):
-        trainer = t.Trainer(replace(c, device_batch_size=size), rt, None, data)
-        stepper = Stepper(t, trainer)
-        stepper.seconds(bool(c.kd_alpha))       # compiles
-        need.append(memory.extra(lambda: stepper.seconds(bool(c.kd_alpha))) or 2 ** 20)
+        stepper = Stepper(t, t.Trainer(replace(c, device_batch_size=size), rt, None, data))
+        step = partial(stepper.seconds, bool(c.kd_alpha))
+        step()                                  # compiles
+        need.append(memory.extra(step) or 2 ** 20)
         room = FILLED * memory.free()
-        del trainer, stepper
+        stepper = step = None                   # before there is another
     while may_be(t, c, rt, 2 * rows) and need[0] + (2 * rows - 1) * (need[1] - need[0]) <= room:
         rows *= 2
     everywhere = rt.gather(torch.tensor([rows], device=rt.device), torch.distributed.group.WORLD)

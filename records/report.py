@@ -25,7 +25,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from data.shards import GPT2_VOCAB, UserError, write_whole
-from records.checkpoint import SOURCES
+from records.checkpoint import SOURCES, Lost, Stopped
+from records.settings import speaks
 
 ROOT, IMPORTED = Path(__file__).resolve().parent.parent, time.perf_counter()
 
@@ -329,13 +330,27 @@ def summarize(trainer, members, curve, ngram, memory, overrides, start):
         "data_sha256": data.hashes, "config": dataclasses.asdict(c)}
 
 
-def explain(error):
-    """An error in one line for a person, or None if it is a defect of the program."""
+def tell(error):
+    """Say an error to a person; returns the exit code, or None if it is a defect of the program.
+
+    128 + a signal that stopped the run; 2: what a person can mend, in one line of stderr. Of many
+    processes the first one speaks, unless only this one can know.
+    """
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        message, code = error.args or ("stopped at once; what was saved last goes on", 130)
+        if speaks():
+            print(message, file=sys.stderr)
+        return code
     message = " ".join(str(error).split())
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in message:
-        return ("out of memory; lower --device_batch_size, then --loss_chunk, or set"
-                " --recompute_blocks=true")
-    return None if isinstance(error, RuntimeError) else message
+        message = ("out of memory; lower --device_batch_size, then --loss_chunk, or set"
+                   " --recompute_blocks=true")
+    elif isinstance(error, RuntimeError) or not isinstance(error, (
+            UserError, OSError, FloatingPointError)):
+        return None
+    if speaks() or not isinstance(error, UserError) or isinstance(error, Lost):
+        print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 def show_finished(t, folder, is_main):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as t
+from data.shards import UserError
 
 CPU = torch.device("cpu")
 
@@ -1190,7 +1191,7 @@ def test_piecewise_linear_by_hand():
     assert t.piecewise_linear(t.Config.wd_schedule, 0.3) == 1
     for broken in ("", "1", "0:1,0.5", "0:one", "0:-1", "0:nan", "0:1,,1:2", "0:1:2",
                    "0:1,0.5:1:3"):
-        with pytest.raises(t.UserError, match="schedule.*0:1,0.5:0.1,1:0.9"):
+        with pytest.raises(UserError, match="schedule.*0:1,0.5:0.1,1:0.9"):
             t.piecewise_linear(broken, 0.5)
 
 

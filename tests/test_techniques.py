@@ -1110,6 +1110,60 @@ def test_ngram_probabilities_sum_to_one(order):
         assert min(p) > 0 and sum(p) == pytest.approx(1, abs=1e-5), context
 
 
+@pytest.mark.parametrize("order", [1, 2, 4])
+def test_ngram_support_against_dictionaries(order):
+    train, held_out = ngram_tokens(3000, 1), [*ngram_tokens(400, 2), 27, 28, 3, 27, NGRAM_BOS, 5]
+    ours = ngram_model(train, order).support(np.array(held_out, np.uint16))
+    # the counts of every context: occurrences at the top order and behind a BOS, else the
+    # distinct tokens that stand in front, summed over the tokens that follow
+    grams = {k: {} for k in range(1, 5)}
+    for k in grams:
+        for i in range(1, len(train)):
+            gram = tuple(train[max(0, i - k + 1):i + 1])
+            if len(gram) == k and NGRAM_BOS not in gram[1:-1]:
+                grams[k][gram] = grams[k].get(gram, 0) + 1
+    def total(context):
+        k = len(context) + 1
+        if k == order or context[:1] == (NGRAM_BOS,):
+            return sum(n for gram, n in grams[k].items() if gram[:-1] == context)
+        return len([gram for gram in grams[k + 1] if gram[1:-1] == context])
+    for i in range(1, len(held_out)):
+        start = max(j for j in range(i) if held_out[j] == NGRAM_BOS)
+        want = 0
+        for k in range(1, order + 1):
+            if i - k + 1 < start:
+                continue
+            context = tuple(held_out[i - k + 1:i])
+            if (n := total(context)):
+                want = 4 * (k - 1) + min(3, int(math.log(n, 4) + 1e-9))
+        assert ours[i - 1] == want, (i, context)
+
+
+def test_weights_by_support_climb_to_the_mode():
+    """No weights nearby are more probable, by likelihood and Dirichlet prior; without tokens: the
+    weights of all."""
+    random = np.random.default_rng(3)
+    logps, support = np.log(random.uniform(0.01, 1, (3, 500))), random.integers(0, 5, 500)
+    weights = np.array([0.2, 0.5, 0.3])
+    table = data.ngram.weights_by_support(list(logps), support, weights)
+    assert table.shape == (3, 16) and np.allclose(table.sum(axis=0), 1)
+    assert np.allclose(table[:, 5:], weights[:, None])
+    for known in range(5):
+        p = np.exp(logps[:, support == known])
+        score = lambda w: np.log(w @ p).sum() + data.ngram.PRIOR * weights @ np.log(w)
+        for direction in ((1, -1, 0), (0, 1, -1), (1, 0, -1)):
+            for step in (1e-2, -1e-2):
+                assert score(table[:, known]) > score(table[:, known] + step * np.array(direction))
+
+
+def test_mixture_with_weights_by_token():
+    random = np.random.default_rng(4)
+    logps, weights = np.log(random.uniform(0.01, 1, (3, 50))), random.dirichlet(np.ones(3), 50).T
+    weights[:, 7] = 0, 1, 0
+    want = np.log((weights * np.exp(logps)).sum(axis=0))
+    assert np.allclose(t.mixture_logp(list(logps), weights), want, atol=1e-12)
+
+
 def test_ngram_contexts_end_at_bos():
     """Behind a BOS nothing depends on the document in front of it; BOS itself is predicted."""
     model = ngram_model(ngram_tokens(3000, 1), 4)
