@@ -304,7 +304,7 @@ class Keeper:
         except RuntimeError as error:
             text = " ".join(str(error).split())
             lost = isinstance(error, dist.DistError) or re.search(
-                r"gloo|Connection (closed|reset)|[Tt]imed out|peer", text)
+                r"gloo|Connection (closed|reset)|[Tt]imed out|timeout|peer", text)
             if self.trainer.rt.world == 1 or not lost:
                 raise
             raise Lost(

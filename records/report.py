@@ -222,8 +222,8 @@ class Meter:
         if self.trainer.log.startup is None:
             self.trainer.log.startup = seconds_since_launch()
             self.trainer.log.say(
-                f"start-up  {self.trainer.log.startup:.1f} s from launch to the end of the first"
-                f" step, {self.trainer.compile_seconds:.1f} s of them compilation")
+                f"start-up  {self.trainer.log.startup:.1f} s from launch until the first step was"
+                f" done, {self.trainer.compile_seconds:.1f} s of them compilation")
         if not compiled:
             self.steps += 1
             self.flops += self.flops_per_token[stage] * self.step_tokens

@@ -42,10 +42,10 @@ def relative_error(ours, reference):
 
 
 def config(**changes):
-    """4 layers with 4 heads of 12 channels on rows of 12 tokens, no dropout; then `changes`."""
+    """4 layers with 4 heads of 12 channels on rows of 12 tokens, skips, no dropout; `changes`."""
     return t.make_config("cpu", **{**dict(
         preset="toy", vocab_size=100, seq_len=12, num_layers=4, model_dim=48, num_heads=4,
-        mlp_multiple=8, window_pattern="SSSL", dropout=0.0, num_models=1, kd_alpha=0.0,
+        mlp_multiple=8, window_pattern="SSSL", unet=True, dropout=0.0, num_models=1, kd_alpha=0.0,
         batch_rows=4, device_batch_size=4, loss_chunk=7, dtype="float32", device="cpu"), **changes})
 
 
