@@ -4,6 +4,7 @@
     python records/ablate.py --ensemble         the same of whole jobs, for the rows of ENSEMBLE
     python records/ablate.py --jobs=2           two runs side by side, one thread each
     python records/ablate.py --only=xsa,iha     runs of some rows only
+    python records/ablate.py --dtype=bfloat16   where the processor multiplies it fast
     python records/ablate.py --write            no runs, only the table
 
 Each row flips one technique from the settings BASE: off if they have it, else on. A run is one
@@ -28,9 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "ablations"
 RESULTS, TABLE = ROOT / "records" / "ablations.jsonl", ROOT / "records" / "ABLATIONS.md"
 SEEDS = (2, 3, 1)
-BASE = ""       # flags that lead from the track's settings to those that are ablated
+BASE = "dtype=float32"      # flags that lead from the track's settings to those that are ablated
 # other bases whose pairs count too: settings that the track had before, or computed another way
-SAME = (BASE, "dropout=0.1", "dropout=0.1 compile_model=whole", "unet=true dropout=0.1",
+SAME = (BASE, "dtype=bfloat16", "dropout=0.1", "dropout=0.1 compile_model=whole", "unet=true dropout=0.1",
         "unet=true dropout=0.1 compile_model=whole", "unet=true", "unet=true compile_model=whole")
 
 # name: (fields when off, fields when on, the change of val loss that its authors measured)
@@ -106,11 +107,11 @@ ENSEMBLE = (*ENSEMBLE_ONLY, "weight decay", "sawtooth lr, probabilities of 3 epo
             "data subset of 80 %", "SwiGLU")
 
 
-def key_of(flags, seed, ensemble, base=BASE):
+def key_of(flags, seed, ensemble, base):
     return {"base": base, "flags": flags, "seed": seed, "ensemble": ensemble}
 
 
-def finished(flags, seed, ensemble, base=BASE):
+def finished(flags, seed, ensemble, base):
     """(selection loss, val loss) of a finished run, or None."""
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
     wanted = key_of(flags, seed, ensemble, base)
@@ -121,18 +122,19 @@ def finished(flags, seed, ensemble, base=BASE):
 
 
 def train(job):
-    """Run the job (flags, seed, ensemble, threads) unless it is done, and note its losses."""
-    flags, seed, ensemble, threads = job
-    if any(finished(flags, seed, ensemble, base) and finished("", seed, ensemble, base)
-           for base in SAME):
+    """Run the job (flags, seed, ensemble, base, threads) unless it is done; note its losses."""
+    flags, seed, ensemble, base, threads = job
+    if finished(flags, seed, ensemble, base) or flags and any(
+            finished(flags, seed, ensemble, same) and finished("", seed, ensemble, same)
+            for same in SAME):
         return
-    digest = hashlib.sha256(json.dumps(key_of(*job[:3])).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(key_of(*job[:4])).encode()).hexdigest()
     name = f"{'ensemble' if ensemble else 'member'}_{digest[:12]}"
     shutil.rmtree(RUNS / name, ignore_errors=True)
     command = [sys.executable, str(ROOT / "train_gpt.py"), "--track=cpu", f"--seed={seed}",
                f"--runs_dir={RUNS.relative_to(ROOT)}", f"--run_id={name}",
                "--eval_tokens=50000", *([] if ensemble else ["--num_models=1"]),
-               *(f"--{flag}" for flag in f"{BASE} {flags}".split())]
+               *(f"--{flag}" for flag in f"{base} {flags}".split())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={
         **os.environ, "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0"})
     if done.returncode:
@@ -140,7 +142,7 @@ def train(job):
         return
     result = json.loads((RUNS / name / "result.json").read_text())
     point = result["ensemble"][-1] if ensemble else result["members"][0]   # the equal mixture
-    line = key_of(flags, seed, ensemble) | {
+    line = key_of(*job[:4]) | {
         "selection": round(point["selection_loss"], 5), "val": round(point["val_loss"], 5),
         "train_seconds": result["train_seconds"], "commit": result["commit"]}
     with open(RESULTS, "a", encoding="utf-8") as file:
@@ -167,6 +169,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--only", default="", help="names of rows, or parts of them")
     parser.add_argument("--ensemble", action="store_true", help="whole jobs instead of one member")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--write", action="store_true", help="only write the table")
     args = parser.parse_args()
     settings, rows = make_config("cpu", **pairs(BASE)), []
@@ -179,7 +182,9 @@ def main():
             any(part in name.lower() for part in wanted) if wanted else
             name in ENSEMBLE if args.ensemble else name not in ENSEMBLE_ONLY)]
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
-        jobs = [(flags, seed, args.ensemble, threads) for seed in SEEDS for flags in ("", *chosen)]
+        base = f"dtype={args.dtype}"
+        jobs = [(flags, seed, args.ensemble, base, threads)
+                for seed in SEEDS for flags in ("", *chosen)]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(train, jobs))
     TABLE.write_text(table(rows), encoding="utf-8")
