@@ -4,6 +4,7 @@
     python records/ablate.py --ensemble         the same of whole jobs, for the rows of ENSEMBLE
     python records/ablate.py --jobs=2           two runs side by side, one thread each
     python records/ablate.py --only=xsa,iha     runs of some rows only
+    python records/ablate.py --seeds=1          the first seed of 3 only
     python records/ablate.py --dtype=bfloat16   where the processor multiplies it fast
     python records/ablate.py --write            no runs, only the table
 
@@ -167,6 +168,7 @@ def main():
     from train_gpt import make_config
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many, of 3")
     parser.add_argument("--only", default="", help="names of rows, or parts of them")
     parser.add_argument("--ensemble", action="store_true", help="whole jobs instead of one member")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -184,7 +186,7 @@ def main():
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         base = f"dtype={args.dtype}"
         jobs = [(flags, seed, args.ensemble, base, threads)
-                for seed in SEEDS for flags in ("", *chosen)]
+                for seed in SEEDS[:args.seeds] for flags in ("", *chosen)]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(train, jobs))
     TABLE.write_text(table(rows), encoding="utf-8")
