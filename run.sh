@@ -26,6 +26,8 @@ python=.venv/bin/python
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1073741824}"
+# seconds that torchrun leaves its processes to save their state when it is told to stop, not 30
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
 
 if [ "${1:-}" = test ]; then
     shift
@@ -36,6 +38,10 @@ fi
 command=train
 if [ $# -gt 0 ] && [[ "$1" != -* ]]; then command=$1; shift; fi
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then       # a list, of which nvidia-smi does not know
+    IFS=, read -ra visible <<< "$CUDA_VISIBLE_DEVICES"
+    [ "${#visible[@]}" -ge "$gpus" ] || gpus=${#visible[@]}
+fi
 track="" dataset=""
 for argument in "$@"; do
     case "$argument" in
@@ -45,6 +51,10 @@ for argument in "$@"; do
         --device=cpu) gpus=0 ;;
     esac
 done
+if [ "$gpus" -gt 0 ] && ! $python -c 'import torch; exit(not torch.cuda.is_available())'; then
+    echo "warning: nvidia-smi lists $gpus GPU(s), but PyTorch cannot use them (driver too old?)" >&2
+    gpus=0
+fi
 if [ -z "$track" ] && [ "$command" != sample ]; then
     track=cpu
     [ "$gpus" -lt 1 ] || track=mini

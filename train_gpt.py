@@ -43,8 +43,9 @@ from torch.utils.checkpoint import checkpoint as checkpoint_block
 from data.ngram import NGram, weights_by_support
 from data.shards import load_dataset, refuse, write_json
 from records import baseline, bench, checkpoint, plot, report
-from records.settings import (check_config, convert, help_text, known, launched, meet,
-                              parse_arguments, parse_schedule)
+from records.settings import (
+    check_config, convert, help_text, known, lacks_to_compile, launched, meet, parse_arguments,
+    parse_schedule, split_processes, wait_for_first)
 
 # ==== Config and tracks =========================================================================
 ROOT = Path(__file__).resolve().parent
@@ -76,7 +77,7 @@ class Config:
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 if it is fast",
                      "auto", "bfloat16", "float32")
     compile: bool = opt(True, "use torch.compile (where a compiler is found)")
-    compile_model: str = opt("whole", "what of the model is compiled besides the loss",
+    compile_model: str = opt("whole", "the part of the model to compile; none: the loss only",
                              "whole", "blocks", "none")
     prompt: str = opt("", "text that the command `sample` continues")
     time_limit: float = opt(0.0, "minutes of training that the track allows; 0: any")
@@ -309,10 +310,6 @@ class Runtime:
         all_gather(whole, tensor.contiguous(), group=group)
         return whole
 
-    def barrier(self):
-        if dist.is_initialized():
-            dist.barrier()
-
     def synchronize(self):
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
@@ -348,18 +345,18 @@ def start_runtime(c):
         meet("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", c.hang_minutes)
     dtype = getattr(torch, c.dtype if c.dtype != "auto" else
                     "bfloat16" if fast_bf16 else "float32")
-    compiles = c.compile and (kind == "cuda" or kind == "cpu" and any(
-        map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))))
+    lacks = lacks_to_compile(kind)
+    compiles = c.compile and not lacks
     torch._dynamo.config.recompile_limit = 64       # stages, and a teacher; beyond it is eager
-    if c.compile and not compiles:
-        notes.append(f"compile   off: {'no C++ compiler found' if kind == 'cpu' else kind}; slower")
-    attention = choose_attention(device, dtype, compiles, notes) if not c.document_mask else "sdpa"
+    if c.compile and lacks:
+        notes.append(f"compile   off: {lacks}; slower")
+    attention = "sdpa" if c.document_mask else choose_attention(
+        device, dtype, compiles and c.compile_model != "none", notes)
     rt = Runtime(rank, world, device, dtype, attention, compiles, notes, tuple(range(c.num_chains)),
                  rank == 0)
     rt.world = chain_processes(c, world)
     if rt.world < world:
-        mesh = dist.init_device_mesh(kind, (c.num_chains, rt.world))
-        rt.group, rt.across = mesh.get_group(1), mesh.get_group(0)
+        rt.group, rt.across = split_processes(world, c.num_chains, c.hang_minutes)
         rt.rank, rt.chains = rank % rt.world, (rank // rt.world,)
     return rt
 
@@ -1118,7 +1115,8 @@ def learned_mixture(members, size=0, support=None):
     """val and holdout losses, and the weights, of the mixture that is fitted on selection.
 
     members: a list of {split: log p(target)}. size: members kept, the heaviest; 0: all. support:
-    {split: what the n-gram, the last member, knows of each context}: weights depend on it.
+    {split: what the n-gram, the last member, knows of each context}: the losses are with weights
+    that depend on it, drawn towards those returned.
     """
     logps = {split: [m[split] for m in members] for split in ("selection", "val", "holdout")}
     weights = fit_mixture(logps["selection"])
@@ -1229,7 +1227,7 @@ class Trainer:
 
     def __init__(self, c, rt, log, data):
         if not c.device_batch_size:
-            c = bench.fit_micro_batch(sys.modules[__name__], c, rt, data)
+            c = bench.fit_micro_batch(sys.modules[__name__], c, rt, data, log and log.folder)
         self.c, self.rt, self.log, self.data = c, rt, log, data
         self.model = self.new_model()
         self.teacher = self.new_model().to(rt.dtype).eval() if c.kd_alpha else None
@@ -1554,7 +1552,7 @@ def run(c, overrides):
         write_json(folder / "result.json", result)      # with it the run is finished
         shutil.rmtree(folder / "states", ignore_errors=True)
         lock.close()
-    rt.barrier()
+    wait_for_first()
     return result
 
 

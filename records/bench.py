@@ -34,6 +34,7 @@ import torch
 
 from data.shards import Dataset, UserError, refuse, split_documents
 from records.bench_public import naive_loss, public_trainer
+from records.settings import wait_for_first
 
 STEPS = 20                  # that a median is over
 SLOW_STEP, FEW_STEPS = 10.0, 3      # seconds beyond which that few are enough
@@ -114,7 +115,12 @@ class Memory:
         except OSError:
             return None
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))       # processes that share it
-        return 1024 * int(found[1]) // here if found else None
+        free = [1024 * int(found[1])] if found else []
+        with contextlib.suppress(OSError, ValueError):          # a container may have less
+            limit, used = (int(Path("/sys/fs/cgroup", name).read_text())
+                           for name in ("memory.max", "memory.current"))
+            free.append(max(0, limit - used))
+        return min(free) // here if free else None
 
 
 def device_peak(t, rt):
@@ -169,10 +175,13 @@ class Stepper:
         self.number += 1
         return self.rows.step(self.number - 1)
 
+    def gradients(self, distill):
+        self.trainer.gradients(*self.batch(), self.progress, distill)
+
     def seconds(self, distill):
         """Of one whole step."""
         start = now(self.rt)
-        self.trainer.gradients(*self.batch(), self.progress, distill)
+        self.gradients(distill)
         self.trainer.optimizer.step(*self.rates)
         return now(self.rt) - start
 
@@ -231,31 +240,67 @@ def compiled_frames():
 
 # ==== The micro-batch that fits ==================================================================
 FILLED = 0.9                # part of the free memory that a micro-batch may take
+WEIGHT_AVERAGES = ("ema", "weights", "weights_recency")     # that add up weights on the device
 
 
-def fit_micro_batch(t, c, rt, data):
+def fit_micro_batch(t, c, rt, data, folder=None):
     """`c` with the largest power of two as device_batch_size that memory has room for.
 
-    Steps (with a teacher, if there is one) in micro-batches of 1 and of 2 rows are measured, in the
-    last stage of the plan; what further rows need grows in proportion.
+    folder: a run's, which keeps the number for when it goes on. One row if memory cannot be
+    measured, or if two do not fit or cannot be.
     """
-    memory, need, rows = Memory(rt.device), [], 1
+    start, memory, kept, rows = now(rt), Memory(rt.device), folder and folder / "micro_batch.txt", 1
+    if kept and kept.exists() and may_be(t, c, rt, int(kept.read_text())):
+        return replace(c, device_batch_size=int(kept.read_text()))
+    memory.reset()
     if memory.peak() is None:
         rt.notes.append(f"memory    not known on {rt.device.type}: micro-batches of 1 row")
         return replace(c, device_batch_size=1)
-    for size in (1, 2):
-        stepper = Stepper(t, t.Trainer(replace(c, device_batch_size=size), rt, None, data))
-        step = partial(stepper.seconds, bool(c.kd_alpha))
-        step()                                  # compiles
-        need.append(memory.extra(step) or 2 ** 20)
-        room = FILLED * memory.free()
-        stepper = step = None                   # before there is another
-    while may_be(t, c, rt, 2 * rows) and need[0] + (2 * rows - 1) * (need[1] - need[0]) <= room:
-        rows *= 2
+    with contextlib.suppress(torch.OutOfMemoryError):
+        rows = rows_that_fit(t, c, rt, data, memory)
     everywhere = rt.gather(torch.tensor([rows], device=rt.device), torch.distributed.group.WORLD)
     rows = int(everywhere.min())
-    rt.notes.append(f"memory    micro-batches of {rows} row(s): what fits, by steps with 1 and 2")
+    rt.notes.append(f"memory    micro-batches of {rows} row(s): what fits, by steps with fewer"
+                    f" ({now(rt) - start:.1f} s)")
+    if kept and rt.is_main:
+        kept.write_text(f"{rows}\n")
     return replace(c, device_batch_size=rows)
+
+
+def rows_that_fit(t, c, rt, data, memory):
+    """The largest micro-batch (with a teacher, if there is one) that should fit, a power of two.
+
+    In the last stage of the plan, a whole step and gradients alone are measured with `first` rows,
+    a chunk of the loss if that may be, and gradients with twice as many. What gradients need grows
+    in proportion to further rows; an optimizer's step needs the same for any. Sums of weights that
+    `average` makes later are left room for.
+    """
+    first, need, rows = 1, [], 1
+    while first * c.seq_len < c.loss_chunk and may_be(t, c, rt, 4 * first):
+        first *= 2
+    if not may_be(t, c, rt, 2 * first):
+        return 1
+    for size in (first, 2 * first):
+        stepper = Stepper(t, t.Trainer(replace(c, device_batch_size=size), rt, None, data))
+        gradients = partial(stepper.gradients, bool(c.kd_alpha))
+        if size == first:
+            step = partial(stepper.seconds, bool(c.kd_alpha))
+            step()                              # compiles
+            whole = memory.extra(step) or 2 ** 20
+        else:
+            gradients()
+            stepper.trainer.model.zero_grad()
+        need.append(memory.extra(gradients) or 2 ** 20)
+        stepper.trainer.model.zero_grad()
+        free = memory.free()
+        weights = 4 * sum(p.numel() for p in stepper.trainer.model.parameters())
+        stepper = gradients = step = None       # before there is another
+    sums = sum(c.average in (name, "best") for name in t.AVERAGES if name in WEIGHT_AVERAGES)
+    room, slope = FILLED * (free - sums * weights), (need[1] - need[0]) / first
+    while may_be(t, c, rt, 2 * rows) and max(
+            whole, need[0] + (2 * rows - first) * slope) <= room:
+        rows *= 2
+    return rows
 
 
 def may_be(t, c, rt, rows):
@@ -488,5 +533,5 @@ def bench(t, c, overrides, steps=STEPS):
         with open(path, "a", encoding="utf-8") as file:
             print(json.dumps(facts), file=file)
         say(["", f"appended to {path}"])
-    rt.barrier()
+    wait_for_first()
     return facts

@@ -216,8 +216,12 @@ class Keeper:
     def save(self, k, step, meter, averages, stop=False):
         """Copy the state after `step` steps of member k; it is written while training goes on.
 
-        stop: when it is written, Stopped.
+        stop: when it is written, Stopped. FloatingPointError if weights are not finite.
         """
+        sums = torch.stack([p.detach().sum() for p in self.trainer.model.parameters()])
+        if not sums.isfinite().all():
+            raise FloatingPointError(f"member {k}, step {step}: weights are not finite; lower"
+                                     " --matrix_lr, --embed_lr or --head_lr")
         tensors, facts = collect(self.trainer, k, step, meter, averages)
         self.wait()
         self.last = time.monotonic()
@@ -449,7 +453,8 @@ def is_finite(trainer, sums, meter, rows, step):
     """Whether loss and gradients are finite; if not: FloatingPointError, or the step is skipped.
 
     Looked at in every step on a CPU and to skip. Elsewhere that would make the host wait for the
-    device: there the loss stops the run when it is read, before any state is saved.
+    device: there the loss stops the run when it is read, and no state or member with weights that
+    are not finite is saved.
     sums: [ce, kl] of this process, which become the last ones if the step is skipped.
     """
     c, rt, model = trainer.c, trainer.rt, trainer.model

@@ -172,7 +172,9 @@ def seconds_since_launch():
     with contextlib.suppress(OSError, ValueError, IndexError):
         since_boot = float(Path("/proc/uptime").read_text().split()[0])
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return since_boot - ticks / os.sysconf("SC_CLK_TCK")
+        seconds = since_boot - ticks / os.sysconf("SC_CLK_TCK")
+        if seconds > 0:             # in some containers the two have other clocks
+            return seconds
     return time.perf_counter() - IMPORTED
 
 
@@ -183,6 +185,7 @@ class Meter:
         """flops: {stage: FLOPs a token}, the teacher's included."""
         self.trainer, self.k, self.rows, self.recent = trainer, k, rows, []
         self.start = time.perf_counter() - self.uncounted()
+        self.compiled_before = trainer.compile_seconds      # by earlier launches, at the first one
         self.steps, self.flops, self.loss = 0, 0.0, float("nan")    # of steps that compiled nothing
         self.skipped = 0            # steps that were not finite
         self.step_tokens, self.flops_per_token = rows.batch_rows * rows.seq_len, flops
@@ -220,10 +223,12 @@ class Meter:
         self.recent.append(sums)
         self.trainer.at = step + 1
         if self.trainer.log.startup is None:
+            rt.synchronize()
+            compiled_in = self.trainer.compile_seconds - self.compiled_before
             self.trainer.log.startup = seconds_since_launch()
             self.trainer.log.say(
                 f"start-up  {self.trainer.log.startup:.1f} s from launch until the first step was"
-                f" done, {self.trainer.compile_seconds:.1f} s of them compilation")
+                f" done, {compiled_in:.1f} s of them compilation")
         if not compiled:
             self.steps += 1
             self.flops += self.flops_per_token[stage] * self.step_tokens

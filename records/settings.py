@@ -3,8 +3,11 @@ import difflib
 import math
 import os
 import re
+import shutil
+import sysconfig
 from dataclasses import fields
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -33,8 +36,8 @@ def convert(name, value, kind):
     """`value` of the field `name`, from its text if it is one; UserError if no such `kind`."""
     if not isinstance(value, str) or kind is str:
         return value
-    if kind is int and value == "auto":
-        return 0            # which only some fields may be
+    if name == "device_batch_size" and value == "auto":
+        return 0
     try:
         return kind(value) if kind is not bool else {
             "true": True, "1": True, "false": False, "0": False}[value.lower()]
@@ -71,6 +74,42 @@ def meet(backend, minutes):
                                 rank=rank, world_size=world, timeout=wait)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"processes cannot meet: {str(error).splitlines()[0]}") from None
+
+
+def split_processes(world, chains, minutes):
+    """Groups of this process's chain, and of those at its place in every chain.
+
+    minutes: the longest wait of a collective within a chain. Chains end when they end: between them
+    it is a year.
+    """
+    ranks = [list(range(first, first + world // chains))
+             for first in range(0, world, world // chains)]
+    chain, _ = dist.new_subgroups_by_enumeration(ranks, timedelta(minutes=minutes))
+    across, _ = dist.new_subgroups_by_enumeration(list(map(list, zip(*ranks))), timedelta(days=365))
+    return chain, across
+
+
+def wait_for_first():
+    """Until process 0, which mixes and writes for all, comes here too, however long that takes."""
+    if dist.is_initialized():
+        store = dist.distributed_c10d._get_default_store()
+        if dist.get_rank() == 0:
+            store.set("finished", "1")
+        else:
+            store.wait(["finished"], timedelta(days=365))
+        dist.barrier()              # so that the store's process stays until all have read it
+
+
+def lacks_to_compile(kind):
+    """What torch.compile misses here on a device of this kind, in words, or ""."""
+    if kind not in ("cpu", "cuda"):
+        return kind
+    compilers = ([os.environ.get("CXX", "g++"), "g++", "clang++"] if kind == "cpu" else
+                 [os.environ.get("CC", "cc"), "cc", "gcc", "clang"])
+    if not any(map(shutil.which, compilers)):
+        return "no C++ compiler found" if kind == "cpu" else "no C compiler found"
+    header = Path(sysconfig.get_path("include"), "Python.h")    # the kernels are modules of Python
+    return "" if header.exists() else f"no {header} (on Debian: apt install python3-dev)"
 
 
 def speaks():

@@ -228,23 +228,61 @@ def test_random_documents_begin_with_bos():
 
 
 # ==== device_batch_size=auto ====================================================================
-@pytest.mark.parametrize("room, rows", [(99, 1), (100, 1), (139, 1), (140, 2), (220, 4), (379, 4),
-                                        (380, 8), (10 ** 6, 8)])
+@pytest.mark.parametrize("room, rows", [(99, 1), (219, 1), (220, 4), (379, 4), (380, 8),
+                                        (10 ** 6, 8)])
 def test_largest_micro_batch_that_fits(room, rows, monkeypatch):
-    """Steps that need 100 MiB with one row and 40 more with each further one; 8 rows a batch."""
-    c = t.make_config("cpu", preset="toy", device="cpu", device_batch_size="auto", batch_rows=8)
+    """Gradients that need 100 MiB with one row and 40 more with each further one; 8 rows a batch."""
+    c = t.make_config("cpu", preset="toy", device="cpu", device_batch_size="auto", batch_rows=8,
+                      compile=False)
     assert c.device_batch_size == 0
     rt, tried = t.start_runtime(c), []
 
     def extra(memory, work):
-        tried.append(work.func.__self__.trainer.c.device_batch_size)
-        return (100 + 40 * (tried[-1] - 1)) * 2 ** 20
+        size = work.func.__self__.trainer.c.device_batch_size
+        tried.append((work.func.__name__, size))
+        return (100 + 40 * (size - 1)) * 2 ** 20
     monkeypatch.setattr(bench.Memory, "extra", extra)
     monkeypatch.setattr(bench.Memory, "free", lambda memory: room * 2 ** 20 / bench.FILLED)
     trainer = t.Trainer(c, rt, None, bench.random_data(c, 10))
-    assert tried == [1, 2]
+    assert tried == [("seconds", 4), ("gradients", 4), ("gradients", 8)]    # 4: a chunk of the loss
     assert t.micro_batch_rows(trainer.c, 1) == rows == trainer.c.device_batch_size
     assert f"micro-batches of {rows} row(s)" in rt.notes[-1]
+
+
+@pytest.mark.parametrize("average, rows", [("last", 4), ("probs", 4), ("ema", 2), ("best", 1)])
+def test_micro_batch_leaves_room_for_the_optimizer_and_averages(average, rows, monkeypatch):
+    """A step of the optimizer is the peak: its flat line says nothing of further rows."""
+    c = t.make_config("cpu", preset="toy", device="cpu", device_batch_size="auto", batch_rows=16,
+                      seq_len=64, loss_chunk=64, average=average, compile=False)
+    weights = 4 * sum(p.numel() for p in t.GPT(c).parameters())
+    monkeypatch.setattr(bench.Memory, "extra", lambda memory, work: weights * (
+        3 / 4 if work.func.__name__ == "seconds" else
+        work.func.__self__.trainer.c.device_batch_size / 2))
+    monkeypatch.setattr(bench.Memory, "free", lambda memory: 3.5 * weights / bench.FILLED
+                        - (0 if average != "ema" else 1.5 * weights))
+    trainer = t.Trainer(c, t.start_runtime(c), None, bench.random_data(c, 10))
+    assert trainer.c.device_batch_size == rows
+
+
+@pytest.mark.parametrize("rows, problem", [(9, None), (8, torch.OutOfMemoryError("too big"))])
+def test_one_row_where_two_do_not_fit_or_cannot_be(rows, problem, monkeypatch):
+    def extra(memory, work):
+        raise problem or AssertionError
+    monkeypatch.setattr(bench.Memory, "extra", extra)
+    c = t.make_config("cpu", preset="toy", device="cpu", device_batch_size="auto", batch_rows=rows,
+                      compile=False)
+    trainer = t.Trainer(c, t.start_runtime(c), None, bench.random_data(c, 10))
+    assert trainer.c.device_batch_size == 1
+
+
+def test_a_run_that_goes_on_keeps_its_micro_batch(tmp_path, monkeypatch):
+    c = t.make_config("cpu", preset="toy", device="cpu", device_batch_size="auto", batch_rows=8,
+                      compile=False)
+    rt, data = t.start_runtime(c), bench.random_data(c, 10)
+    found = bench.fit_micro_batch(t, c, rt, data, tmp_path).device_batch_size
+    monkeypatch.setattr(bench.Memory, "free", lambda memory: 0)
+    assert bench.fit_micro_batch(t, c, rt, data, tmp_path).device_batch_size == found > 1
+    assert bench.fit_micro_batch(t, c, rt, data).device_batch_size == 1
 
 
 def test_micro_batch_where_memory_is_not_known(monkeypatch):
@@ -263,5 +301,5 @@ def test_bench_finds_its_micro_batch(tmp_path):
 
 
 def test_only_a_micro_batch_is_automatic():
-    with pytest.raises(UserError, match="--num_layers=0"):
+    with pytest.raises(UserError, match="--num_layers=auto: must be a whole number"):
         t.make_config("cpu", num_layers="auto")

@@ -477,6 +477,17 @@ def test_gradient_that_is_not_finite_stops(value, data, whole, tmp_path):
     ends_equal(tmp_path, data, whole, "resumed   member 1 after step 5")
 
 
+def test_weights_that_are_not_finite_are_never_saved(data, whole, tmp_path):
+    """A GPU is not asked in every step: the gradient of step 6, before a reading, gets through."""
+    with poisoned([6]), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "is_finite", lambda *_: True)
+        code, err = main(tmp_path, data)
+    assert code == 2
+    assert re.fullmatch(r"error: member 1, step 6: weights are not finite; lower [^\n]+_lr\n", err)
+    join()
+    ends_equal(tmp_path, data, whole, "resumed   member 1 after step 5")
+
+
 def test_skipped_steps(data, tmp_path):
     with poisoned([3, 6, 12]):
         assert main(tmp_path, data, "--on_nonfinite=skip", "--max_skips=2") == (0, "")

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 import train_gpt as t
 from data.shards import read_shard, write_meta, write_shard
+from records import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = str(ROOT / "train_gpt.py")
@@ -634,6 +635,19 @@ def test_out_of_memory_names_the_remedy(tmp_path, capsys, monkeypatch):
     assert re.fullmatch(r"error: [^\n]*memory[^\n]*--device_batch_size[^\n]*\n", err)
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_what_compiling_lacks(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert f"{tmp_path}/Python.h" in settings.lacks_to_compile(kind)
+    (tmp_path / "Python.h").write_text("")
+    assert settings.lacks_to_compile(kind) == ""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert settings.lacks_to_compile(kind).endswith(" compiler found")
+    rt = t.start_runtime(t.make_config("cpu", device="cpu"))
+    assert not rt.compile and rt.notes == ["compile   off: no C++ compiler found; slower"]
+
+
 def test_loss_that_is_not_finite(tmp_path, capsys):
     assert t.main([*TINY, f"--runs_dir={tmp_path}", "--embed_lr=1e38", "--head_lr=1e38"]) == 2
     err = capsys.readouterr().err
@@ -778,6 +792,7 @@ def test_more_tokens_than_there_are(dataset, capsys):
 
 STUB = """#!/bin/sh
 echo "$0" "$@" | grep -q version_info && exit ${OLD:-0}
+case " $* " in *is_available*) exit ${UNUSABLE:-0} ;; esac
 { case "$0" in *.venv*) ;; *) printf 'system ';; esac
   for argument; do printf '<%s>' "$argument"; done; echo; } >> "$CALLS"
 [ "$2" != venv ] || { mkdir -p "$3/bin" && cp "$STUBS/python3" "$3/bin/python"; }
@@ -806,7 +821,7 @@ def tree(tmp_path):
         python.write_text(STUB)
         python.chmod(0o755)
 
-    def call(*arguments, gpus=None, fail="nothing", old="0", missing=None):
+    def call(*arguments, gpus=None, fail="nothing", old="0", missing=None, **env):
         smi = stubs / "nvidia-smi"
         smi.unlink(missing_ok=True)
         if gpus is not None:                # -L prints a line a GPU, and MIG devices below it
@@ -819,7 +834,7 @@ def tree(tmp_path):
             Path(f"{calls}.missing").write_text("")
         env = {"SAYS": missing or "", "PATH": str(stubs), "CALLS": str(calls),
                "STUBS": str(stubs), "FAIL": fail,
-               "OLD": old}
+               "OLD": old, **env}
         done = subprocess.run([str(home / "run.sh"), *arguments], cwd=tmp_path, env=env,
                               capture_output=True, encoding="utf-8", timeout=60)
         return done.returncode, done.stderr, calls.read_text().splitlines()
@@ -836,6 +851,16 @@ def launched(processes, *arguments):
 def test_run_sh_is_sound_bash():
     assert subprocess.run(["bash", "-n", ROOT / "run.sh"]).returncode == 0
     assert os.access(ROOT / "run.sh", os.X_OK)
+
+
+def test_run_sh_counts_the_gpus_that_pytorch_can_use(tree):
+    assert tree(gpus=8, CUDA_VISIBLE_DEVICES="2,5")[2][-1] == launched(2, "train", "--track=limited")
+    assert tree(gpus=8, CUDA_VISIBLE_DEVICES="5")[2][-1] == launched(1, "train", "--track=mini")
+    assert tree(gpus=1, CUDA_VISIBLE_DEVICES="0,1,2")[2][-1] == launched(1, "train", "--track=mini")
+    assert tree(gpus=2, CUDA_VISIBLE_DEVICES="")[2][-1] == launched(1, "train", "--track=cpu")
+    code, stderr, calls = tree(gpus=2, UNUSABLE="1")
+    assert code == 0 and calls[-1] == launched(1, "train", "--track=cpu")
+    assert stderr.startswith("warning: nvidia-smi lists 2 GPU(s), but PyTorch cannot use them")
 
 
 @pytest.mark.parametrize("gpus, track", [
