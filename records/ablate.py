@@ -32,8 +32,8 @@ RESULTS, TABLE = ROOT / "records" / "ablations.jsonl", ROOT / "records" / "ABLAT
 SEEDS = (2, 3, 1)
 BASE = "dtype=float32"      # flags that lead from the track's settings to those that are ablated
 # other bases whose pairs count too: settings that the track had before, or computed another way
-SAME = (BASE, "dtype=bfloat16", "dropout=0.1", "dropout=0.1 compile_model=whole", "unet=true dropout=0.1",
-        "unet=true dropout=0.1 compile_model=whole", "unet=true", "unet=true compile_model=whole")
+SAME = (BASE, "dtype=bfloat16", "dropout=0.1", "dropout=0.1 compile_model=whole",
+        "unet=true dropout=0.1", "unet=true dropout=0.1 compile_model=whole", "unet=true", "unet=true compile_model=whole")
 
 # name: (fields when off, fields when on, the change of val loss that its authors measured)
 TECHNIQUES = {
@@ -92,6 +92,9 @@ TECHNIQUES = {
     "data subset of 80 %": ("subset_fraction=1", "subset_fraction=0.8", ""),
     "layers 1-2 run 4 times": (
         "loop_count=1", "loop_start=1 loop_end=2 loop_count=4 loop_from_epoch=4", ""),
+    "NorMuon, both lambdas, softcap and normal projections": (
+        "normuon_beta2=0 resid_init=0 x0_init=0 softcap=0 proj_init=zero",
+        "normuon_beta2=0.95 resid_init=1 x0_init=0.1 softcap=15 proj_init=normal", ""),
     "chain distillation": ("kd_alpha=0", "kd_alpha=0.5", "-0.02 and more"),
     "distillation at T=2": ("kd_temperature=1", "kd_temperature=2", ""),
     "first member left out": ("include_first=true", "include_first=false", "in unlimited"),
@@ -102,7 +105,8 @@ TECHNIQUES = {
 # Rows whose whole job is run too, and those that a single member cannot show.
 ENSEMBLE_ONLY = ("chain distillation", "distillation at T=2", "first member left out",
                  "snapshots: members continue, perturbed")
-ENSEMBLE = (*ENSEMBLE_ONLY, "weight decay", "sawtooth lr, probabilities of 3 epochs",
+ENSEMBLE = (*ENSEMBLE_ONLY, "window schedule with YaRN",
+            "NorMuon, both lambdas, softcap and normal projections", "weight decay", "sawtooth lr, probabilities of 3 epochs",
             "value projections", "half RoPE and key offset", "dropout", "MTP block",
             "three targets on one head", "meta-gradient", "EMA", "random token replacement",
             "data subset of 80 %", "SwiGLU")

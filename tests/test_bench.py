@@ -231,7 +231,7 @@ def test_random_documents_begin_with_bos():
 @pytest.mark.parametrize("room, rows", [(99, 1), (219, 1), (220, 4), (379, 4), (380, 8),
                                         (10 ** 6, 8)])
 def test_largest_micro_batch_that_fits(room, rows, monkeypatch):
-    """Gradients that need 100 MiB with one row and 40 more with each further one; 8 rows a batch."""
+    """Gradients that need 100 MiB with one row and 40 more with each other; 8 rows a batch."""
     c = t.make_config("cpu", preset="toy", device="cpu", device_batch_size="auto", batch_rows=8,
                       compile=False)
     assert c.device_batch_size == 0

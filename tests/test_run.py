@@ -854,7 +854,8 @@ def test_run_sh_is_sound_bash():
 
 
 def test_run_sh_counts_the_gpus_that_pytorch_can_use(tree):
-    assert tree(gpus=8, CUDA_VISIBLE_DEVICES="2,5")[2][-1] == launched(2, "train", "--track=limited")
+    assert tree(gpus=8, CUDA_VISIBLE_DEVICES="2,5")[2][-1] == launched(
+        2, "train", "--track=limited")
     assert tree(gpus=8, CUDA_VISIBLE_DEVICES="5")[2][-1] == launched(1, "train", "--track=mini")
     assert tree(gpus=1, CUDA_VISIBLE_DEVICES="0,1,2")[2][-1] == launched(1, "train", "--track=mini")
     assert tree(gpus=2, CUDA_VISIBLE_DEVICES="")[2][-1] == launched(1, "train", "--track=cpu")
