@@ -15,6 +15,7 @@ again. Choices are made on the column `selection`; val is shown beside it.
 """
 import argparse
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -30,10 +31,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "ablations"
 RESULTS, TABLE = ROOT / "records" / "ablations.jsonl", ROOT / "records" / "ABLATIONS.md"
 SEEDS = (2, 3, 1)
-BASE = "dtype=float32"      # flags that lead from the track's settings to those that are ablated
-# other bases whose pairs count too: settings that the track had before, or computed another way
-SAME = (BASE, "dtype=bfloat16", "dropout=0.1", "dropout=0.1 compile_model=whole",
-        "unet=true dropout=0.1", "unet=true dropout=0.1 compile_model=whole", "unet=true", "unet=true compile_model=whole")
+# Bases: flags that lead from the track's settings to those in which a technique is flipped. The
+# last ones are settings that the track had before, whose pairs of runs count as well.
+BEFORE = ("normuon_beta2=0.95 resid_init=1 x0_init=0.1 softcap=15 proj_init=normal"
+          " window_schedule=")
+BASES = ("dtype=float32", "dtype=bfloat16", *(f"{flags} {BEFORE}" for flags in (
+    "dtype=float32", "dtype=bfloat16", "dropout=0.1", "dropout=0.1 compile_model=whole",
+    "unet=true dropout=0.1", "unet=true dropout=0.1 compile_model=whole", "unet=true",
+    "unet=true compile_model=whole")))
 
 # name: (fields when off, fields when on, the change of val loss that its authors measured)
 TECHNIQUES = {
@@ -129,9 +134,7 @@ def finished(flags, seed, ensemble, base):
 def train(job):
     """Run the job (flags, seed, ensemble, base, threads) unless it is done; note its losses."""
     flags, seed, ensemble, base, threads = job
-    if finished(flags, seed, ensemble, base) or flags and any(
-            finished(flags, seed, ensemble, same) and finished("", seed, ensemble, same)
-            for same in SAME):
+    if finished(flags, seed, ensemble, base):
         return
     digest = hashlib.sha256(json.dumps(key_of(*job[:4])).encode()).hexdigest()
     name = f"{'ensemble' if ensemble else 'member'}_{digest[:12]}"
@@ -157,10 +160,15 @@ def train(job):
     print(json.dumps(line), flush=True)
 
 
-def is_on(flags, settings):
-    """Whether `settings` have all of `flags`."""
+@functools.cache
+def config(flags):
     from train_gpt import make_config
-    return make_config("cpu", **pairs(f"{BASE} {flags}")) == settings
+    return make_config("cpu", **pairs(flags))
+
+
+def beyond(base, flags):
+    """`flags`, or none if the settings `base` have them."""
+    return "" if config(f"{base} {flags}") == config(base) else flags
 
 
 def pairs(flags):
@@ -169,7 +177,6 @@ def pairs(flags):
 
 def main():
     sys.path.insert(0, str(ROOT))
-    from train_gpt import make_config
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many, of 3")
@@ -178,22 +185,25 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--write", action="store_true", help="only write the table")
     args = parser.parse_args()
-    settings, rows = make_config("cpu", **pairs(BASE)), []
-    for name, (off, on, public) in TECHNIQUES.items():
-        flipped = off if is_on(on, settings) else on
-        rows.append((name, flipped, flipped == on, public))
     if not args.write:
-        wanted = [part.lower() for part in args.only.split(",") if part]
-        chosen = [flags for name, flags, *_ in rows if (
-            any(part in name.lower() for part in wanted) if wanted else
-            name in ENSEMBLE if args.ensemble else name not in ENSEMBLE_ONLY)]
-        threads = max(1, (os.cpu_count() or 1) // args.jobs)
-        base = f"dtype={args.dtype}"
-        jobs = [(flags, seed, args.ensemble, base, threads)
-                for seed in SEEDS[:args.seeds] for flags in ("", *chosen)]
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(train, jobs))
-    TABLE.write_text(table(rows), encoding="utf-8")
+            list(pool.map(train, missing_runs(args)))
+    TABLE.write_text(table(), encoding="utf-8")
+
+
+def missing_runs(args):
+    """Jobs for train: the rows that are wanted and have no pair of runs with a seed."""
+    wanted = [part.lower() for part in args.only.split(",") if part]
+    threads, jobs = max(1, (os.cpu_count() or 1) // args.jobs), []
+    base = f"dtype={args.dtype}"
+    for seed in SEEDS[:args.seeds]:
+        for name, (off, on, _) in TECHNIQUES.items():
+            chosen = (any(part in name.lower() for part in wanted) if wanted else
+                      name in ENSEMBLE if args.ensemble else name not in ENSEMBLE_ONLY)
+            if chosen and pair(off, on, seed, args.ensemble) is None:
+                jobs += [(beyond(base, flags), seed, args.ensemble, base, threads)
+                         for flags in (off, on)]
+    return list(dict.fromkeys(jobs))
 
 
 INTRODUCTION = """# Ablations on the `cpu` track
@@ -208,12 +218,19 @@ command goes on where it stopped.
 """
 
 
-def difference(flags, flipped_on, ensemble):
+def pair(off, on, seed, ensemble):
+    """[selection, val] loss on minus off, of two runs that differ in nothing else, or None."""
+    for base in BASES:
+        losses = [finished(beyond(base, flags), seed, ensemble, base) for flags in (off, on)]
+        if all(losses):
+            return np.subtract(losses[1], losses[0])
+    return None
+
+
+def difference(off, on, ensemble):
     """("-0.0123 ± 0.0010" for selection and for val, on minus off; pairs of runs), or None."""
-    runs = [[finished(f, seed, ensemble, base) for f in ("", flags)]
-            for seed in SEEDS for base in SAME]
-    changes = [np.subtract(flipped, base) * (1 if flipped_on else -1)
-               for base, flipped in runs if base and flipped]
+    changes = [change for seed in SEEDS
+               if (change := pair(off, on, seed, ensemble)) is not None]
     if not changes:
         return None
     mean = np.mean(changes, axis=0)
@@ -223,17 +240,17 @@ def difference(flags, flipped_on, ensemble):
     return [f"{m:+.4f} ± {e:.4f}" for m, e in zip(mean, error)], len(changes)
 
 
-def table(rows):
+def table():
     lines = [INTRODUCTION, "| technique | flipped by | in the track | member, selection |"
              " member, val | runs | ensemble, selection | ensemble, val | runs | public |",
              "|-|-|-|-|-|-|-|-|-|-|"]
-    for name, flags, flipped_on, public in rows:
-        cells = []
+    for name, (off, on, public) in TECHNIQUES.items():
+        is_on, cells = not beyond("", on), []
         for ensemble in (False, True):
-            found = difference(flags, flipped_on, ensemble)
+            found = difference(off, on, ensemble)
             cells += [*found[0], str(found[1])] if found else ["not run"] * 2 + ["0"]
-        shown = " ".join(f"`--{flag}`" for flag in flags.split())
-        lines.append(f"| {name} | {shown} | {'no' if flipped_on else 'yes'} | "
+        shown = " ".join(f"`--{flag}`" for flag in (off if is_on else on).split())
+        lines.append(f"| {name} | {shown} | {'yes' if is_on else 'no'} | "
                      + " | ".join(cells) + f" | {public} |")
     return "\n".join(lines) + "\n"
 

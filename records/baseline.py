@@ -26,8 +26,7 @@ PLAIN = dict(                           # what a baseline does without, on any t
     num_models=1, num_chains=1, first_epochs=0, continue_members=False, edge_batch_rows=0,
     subset_fraction=1.0, kd_alpha=0.0, average="last", mtp_weight=0.0, second_weight="",
     third_weight="", masked_weight=0.0, token_noise=0.0, meta_lr=0.0, dropout=0.0,
-    stochastic_depth=0.0, loop_count=1, recurrence_from=0.0, window_schedule="",
-    sawtooth_epochs=0, wd_schedule="0:1")
+    stochastic_depth=0.0, loop_count=1, recurrence_from=0.0, sawtooth_epochs=0, wd_schedule="0:1")
 FIRST_GUESS = 8, 1.0                    # epochs and weight decay at the smallest D
 KEY = "tokens", "epochs", "weight_decay", "unet"        # what tells runs apart
 
