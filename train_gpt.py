@@ -972,7 +972,7 @@ class MuonAdamW:
 
     Gradients must sum, not average, over ranks to the gradient of the whole batch. Phase 1 starts
     the reductions of all groups, phase 2 updates each rank's share, phase 3 gathers the parameters.
-    compiled: adamw_update compiled, for embedding and head: reads and writes them only once.
+    compiled: adamw_update compiled, for matrices (embedding, head): reads and writes them once.
     ValueError if a parameter is in no group of the table, or in two.
     """
 
