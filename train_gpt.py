@@ -1505,13 +1505,13 @@ def train_chain(trainer, chain, signals):
         scores.append(logp)
         if rt.rank:             # one process of a chain writes
             continue
-        single, kept = facts["val_loss"], [m["val"] for m in kept_members(scores, c)]
-        mixed = mean_loss(mixture_logp(kept)) if kept else float("nan")
-        log.metrics(chain=chain, member=k, val_loss=single, ensemble=len(kept),
+        curve = ensemble_curve([{"val": member["val"]} for member in scores], c)
+        single, mixed = facts["val_loss"], curve[-1]["val_loss"] if curve else float("nan")
+        log.metrics(chain=chain, member=k, val_loss=single, ensemble=len(curve),
                     ensemble_val_loss=mixed)
         log.say(f"member {k}/{c.num_models} {'done' if ready else 'was done'} in"
                 f" {report.minutes(facts['train_seconds'])}: val loss {single:.4f}, ensemble of"
-                f" {len(kept)}: {mixed:.4f}")
+                f" {len(curve)}: {mixed:.4f}")
     return members, scores
 
 

@@ -8,10 +8,11 @@
     python records/ablate.py --dtype=bfloat16   where the processor multiplies it fast
     python records/ablate.py --write            no runs, only the table
 
-Each row flips one technique from the settings BASE: off if they have it, else on. A run is one
+Each row flips one technique from the track's settings: off if they have it, else on. A run is one
 member (or, with --ensemble, the whole job) for each of 3 seeds; a difference is paired by seed, on
 minus off. The losses of finished runs are lines of records/ablations.jsonl and are never measured
-again. Choices are made on the column `selection`; val is shown beside it.
+again, not even when the track's settings have changed since (see BASES). Choices are made on the
+column `selection`; val is shown beside it.
 """
 import argparse
 import fcntl
@@ -23,11 +24,16 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from records.checkpoint import FREE  # noqa: E402 (a script of this folder)
+from train_gpt import make_config  # noqa: E402
+
 RUNS = ROOT / "runs" / "ablations"
 RESULTS, TABLE = ROOT / "records" / "ablations.jsonl", ROOT / "records" / "ABLATIONS.md"
 SEEDS = (2, 3, 1)
@@ -110,39 +116,46 @@ TECHNIQUES = {
 # Rows whose whole job is run too, and those that a single member cannot show.
 ENSEMBLE_ONLY = ("chain distillation", "distillation at T=2", "first member left out",
                  "snapshots: members continue, perturbed")
-ENSEMBLE = (*ENSEMBLE_ONLY, "window schedule with YaRN",
-            "NorMuon, both lambdas, softcap and normal projections", "weight decay", "sawtooth lr, probabilities of 3 epochs",
-            "value projections", "half RoPE and key offset", "dropout", "MTP block",
-            "three targets on one head", "meta-gradient", "EMA", "random token replacement",
-            "data subset of 80 %", "SwiGLU")
+ENSEMBLE = (*ENSEMBLE_ONLY, "NorMuon, both lambdas, softcap and normal projections",
+            "weight decay", "sawtooth lr, probabilities of 3 epochs", "SwiGLU", "U-Net skips",
+            "value projections", "attention gate", "QK norm", "window schedule with YaRN",
+            "dropout", "three targets on one head", "EMA", "masked-input loss", "document masks")
 
 
-def key_of(flags, seed, ensemble, base):
-    return {"base": base, "flags": flags, "seed": seed, "ensemble": ensemble}
+@functools.cache
+def config(flags):
+    return make_config("cpu", **dict(flag.split("=", 1) for flag in flags.split()))
 
 
-def finished(flags, seed, ensemble, base):
-    """(selection loss, val loss) of a finished run, or None."""
+@functools.cache
+def settings_of(flags):
+    """What the track with `flags` is, in 12 digits: a hash of the fields that are not default.
+
+    Flags that change nothing, and the same settings written in another way, have the same hash; a
+    new field of Config, off, does not change it.
+    """
+    c = config(flags)
+    kept = {field.name: getattr(c, field.name) for field in fields(c)
+            if field.name not in FREE and getattr(c, field.name) != field.default}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def finished():
+    """{(settings, seed, ensemble): (selection loss, val loss)} of the runs so far."""
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-    wanted = key_of(flags, seed, ensemble, base)
-    for line in map(json.loads, lines):
-        if wanted.items() <= line.items():
-            return line["selection"], line["val"]
-    return None
+    return {(run["settings"], run["seed"], run["ensemble"]): (run["selection"], run["val"])
+            for run in map(json.loads, lines)}
 
 
-def train(job):
-    """Run the job (flags, seed, ensemble, base, threads) unless it is done; note its losses."""
-    flags, seed, ensemble, base, threads = job
-    if finished(flags, seed, ensemble, base):
-        return
-    digest = hashlib.sha256(json.dumps(key_of(*job[:4])).encode()).hexdigest()
-    name = f"{'ensemble' if ensemble else 'member'}_{digest[:12]}"
+def train(job, threads):
+    """Run the job (flags, seed, ensemble) and note its losses."""
+    flags, seed, ensemble = job
+    name = f"{'ensemble' if ensemble else 'member'}_{settings_of(flags)}_{seed}"
     shutil.rmtree(RUNS / name, ignore_errors=True)
     command = [sys.executable, str(ROOT / "train_gpt.py"), "--track=cpu", f"--seed={seed}",
                f"--runs_dir={RUNS.relative_to(ROOT)}", f"--run_id={name}",
                "--eval_tokens=50000", *([] if ensemble else ["--num_models=1"]),
-               *(f"--{flag}" for flag in f"{base} {flags}".split())]
+               *(f"--{flag}" for flag in flags.split())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={
         **os.environ, "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0"})
     if done.returncode:
@@ -150,9 +163,9 @@ def train(job):
         return
     result = json.loads((RUNS / name / "result.json").read_text())
     point = result["ensemble"][-1] if ensemble else result["members"][0]   # the equal mixture
-    line = key_of(*job[:4]) | {
-        "selection": round(point["selection_loss"], 5), "val": round(point["val_loss"], 5),
-        "train_seconds": result["train_seconds"], "commit": result["commit"]}
+    line = {"settings": settings_of(flags), "flags": flags, "seed": seed, "ensemble": ensemble,
+            "selection": round(point["selection_loss"], 5), "val": round(point["val_loss"], 5),
+            "train_seconds": result["train_seconds"], "commit": result["commit"]}
     with open(RESULTS, "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(json.dumps(line) + "\n")
@@ -160,23 +173,7 @@ def train(job):
     print(json.dumps(line), flush=True)
 
 
-@functools.cache
-def config(flags):
-    from train_gpt import make_config
-    return make_config("cpu", **pairs(flags))
-
-
-def beyond(base, flags):
-    """`flags`, or none if the settings `base` have them."""
-    return "" if config(f"{base} {flags}") == config(base) else flags
-
-
-def pairs(flags):
-    return dict(flag.split("=", 1) for flag in flags.split())
-
-
 def main():
-    sys.path.insert(0, str(ROOT))
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many, of 3")
@@ -186,24 +183,30 @@ def main():
     parser.add_argument("--write", action="store_true", help="only write the table")
     args = parser.parse_args()
     if not args.write:
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(train, missing_runs(args)))
+            list(pool.map(functools.partial(train, threads=threads), missing_runs(args)))
     TABLE.write_text(table(), encoding="utf-8")
+
+
+def join(base, flags):
+    """Both, without those of `flags` that `base` or the track has anyway."""
+    return base if config(f"{base} {flags}") == config(base) else f"{base} {flags}"
 
 
 def missing_runs(args):
     """Jobs for train: the rows that are wanted and have no pair of runs with a seed."""
     wanted = [part.lower() for part in args.only.split(",") if part]
-    threads, jobs = max(1, (os.cpu_count() or 1) // args.jobs), []
-    base = f"dtype={args.dtype}"
+    jobs, runs = {}, finished()
     for seed in SEEDS[:args.seeds]:
         for name, (off, on, _) in TECHNIQUES.items():
             chosen = (any(part in name.lower() for part in wanted) if wanted else
                       name in ENSEMBLE if args.ensemble else name not in ENSEMBLE_ONLY)
-            if chosen and pair(off, on, seed, args.ensemble) is None:
-                jobs += [(beyond(base, flags), seed, args.ensemble, base, threads)
-                         for flags in (off, on)]
-    return list(dict.fromkeys(jobs))
+            if chosen and pair(runs, off, on, seed, args.ensemble) is None:
+                for flags in (off, on):
+                    flags = join(f"dtype={args.dtype}", flags)
+                    jobs[settings_of(flags), seed, args.ensemble] = flags, seed, args.ensemble
+    return [job for key, job in jobs.items() if key not in runs]
 
 
 INTRODUCTION = """# Ablations on the `cpu` track
@@ -212,25 +215,27 @@ Made by `python records/ablate.py` and `python records/ablate.py --ensemble` fro
 `records/ablations.jsonl`. Each row flips one technique; a difference is the loss with it minus the
 loss without it (negative: it helps), paired by seed, the mean and its standard error over the
 runs counted beside it: one run says little. Member: one of 8 epochs, selection and 50,000 tokens of
-val. Ensemble: the equal mixture of the whole job. Settings are chosen on `selection`. The last
-column is what the public project measured at 100M tokens. What was not run yet says so; the
-command goes on where it stopped.
+val. Ensemble: the equal mixture of the whole job. Some pairs ran before the track had its present
+settings; their two runs differ in the technique alone all the same. Settings are chosen on
+`selection`. The last column is what the public project measured at 100M tokens. What was not run
+yet says so; the command goes on where it stopped.
 """
 
 
-def pair(off, on, seed, ensemble):
+def pair(runs, off, on, seed, ensemble):
     """[selection, val] loss on minus off, of two runs that differ in nothing else, or None."""
     for base in BASES:
-        losses = [finished(beyond(base, flags), seed, ensemble, base) for flags in (off, on)]
+        losses = [runs.get((settings_of(join(base, flags)), seed, ensemble))
+                  for flags in (off, on)]
         if all(losses):
             return np.subtract(losses[1], losses[0])
     return None
 
 
-def difference(off, on, ensemble):
+def difference(runs, off, on, ensemble):
     """("-0.0123 ± 0.0010" for selection and for val, on minus off; pairs of runs), or None."""
     changes = [change for seed in SEEDS
-               if (change := pair(off, on, seed, ensemble)) is not None]
+               if (change := pair(runs, off, on, seed, ensemble)) is not None]
     if not changes:
         return None
     mean = np.mean(changes, axis=0)
@@ -244,10 +249,11 @@ def table():
     lines = [INTRODUCTION, "| technique | flipped by | in the track | member, selection |"
              " member, val | runs | ensemble, selection | ensemble, val | runs | public |",
              "|-|-|-|-|-|-|-|-|-|-|"]
+    runs = finished()
     for name, (off, on, public) in TECHNIQUES.items():
-        is_on, cells = not beyond("", on), []
+        is_on, cells = config(on) == config(""), []
         for ensemble in (False, True):
-            found = difference(off, on, ensemble)
+            found = difference(runs, off, on, ensemble)
             cells += [*found[0], str(found[1])] if found else ["not run"] * 2 + ["0"]
         shown = " ".join(f"`--{flag}`" for flag in (off if is_on else on).split())
         lines.append(f"| {name} | {shown} | {'yes' if is_on else 'no'} | "

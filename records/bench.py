@@ -178,11 +178,14 @@ class Stepper:
     def gradients(self, distill):
         self.trainer.gradients(*self.batch(), self.progress, distill)
 
+    def update(self):
+        self.trainer.optimizer.step(*self.rates)
+
     def seconds(self, distill):
         """Of one whole step."""
         start = now(self.rt)
         self.gradients(distill)
-        self.trainer.optimizer.step(*self.rates)
+        self.update()
         return now(self.rt) - start
 
     def count(self, seconds, wanted):
@@ -202,7 +205,7 @@ class Stepper:
         with clocked(trainer) as inner:
             trainer.gradients(inputs, targets, self.progress, distill)
         times.append(now(rt))
-        trainer.optimizer.step(*self.rates)
+        self.update()
         times.append(now(rt))
         data, gradients, optimizer = np.diff(times).tolist()
         return dict(data=data, **inner, backward=gradients - sum(inner.values()),
@@ -249,15 +252,18 @@ def fit_micro_batch(t, c, rt, data, folder=None):
     folder: a run's, which keeps the number for when it goes on. One row if memory cannot be
     measured, or if two do not fit or cannot be.
     """
-    start, memory, kept, rows = now(rt), Memory(rt.device), folder and folder / "micro_batch.txt", 1
-    if kept and kept.exists() and may_be(t, c, rt, int(kept.read_text())):
-        return replace(c, device_batch_size=int(kept.read_text()))
+    start, memory, kept = now(rt), Memory(rt.device), folder and folder / "micro_batch.txt"
+    rows = int(kept.read_text()) if kept and kept.exists() else 0
+    if rows and may_be(t, c, rt, rows):
+        return replace(c, device_batch_size=rows)
     memory.reset()
     if memory.peak() is None:
         rt.notes.append(f"memory    not known on {rt.device.type}: micro-batches of 1 row")
         return replace(c, device_batch_size=1)
-    with contextlib.suppress(torch.OutOfMemoryError):
+    try:
         rows = rows_that_fit(t, c, rt, data, memory)
+    except torch.OutOfMemoryError:
+        rows = 1
     everywhere = rt.gather(torch.tensor([rows], device=rt.device), torch.distributed.group.WORLD)
     rows = int(everywhere.min())
     rt.notes.append(f"memory    micro-batches of {rows} row(s): what fits, by steps with fewer"
@@ -270,10 +276,10 @@ def fit_micro_batch(t, c, rt, data, folder=None):
 def rows_that_fit(t, c, rt, data, memory):
     """The largest micro-batch (with a teacher, if there is one) that should fit, a power of two.
 
-    In the last stage of the plan, a whole step and gradients alone are measured with `first` rows,
-    a chunk of the loss if that may be, and gradients with twice as many. What gradients need grows
-    in proportion to further rows; an optimizer's step needs the same for any. Sums of weights that
-    `average` makes later are left room for.
+    In the last stage of the plan, gradients are measured with `first` rows, a chunk of the loss if
+    that may be, and with twice as many: what they need grows in proportion to further rows. An
+    optimizer's step needs the same for any, with the gradients, as large as the weights, in memory.
+    Sums of weights that `average` makes later are left room for.
     """
     first, need, rows = 1, [], 1
     while first * c.seq_len < c.loss_chunk and may_be(t, c, rt, 4 * first):
@@ -282,23 +288,22 @@ def rows_that_fit(t, c, rt, data, memory):
         return 1
     for size in (first, 2 * first):
         stepper = Stepper(t, t.Trainer(replace(c, device_batch_size=size), rt, None, data))
-        gradients = partial(stepper.gradients, bool(c.kd_alpha))
+        model, gradients = stepper.trainer.model, partial(stepper.gradients, bool(c.kd_alpha))
+        gradients()                             # compiles
         if size == first:
-            step = partial(stepper.seconds, bool(c.kd_alpha))
-            step()                              # compiles
-            whole = memory.extra(step) or 2 ** 20
-        else:
+            stepper.update()                    # compiles
             gradients()
-            stepper.trainer.model.zero_grad()
+            weights = 4 * sum(p.numel() for p in model.parameters())
+            update = weights + (memory.extra(stepper.update) or 0)
+        model.zero_grad()
         need.append(memory.extra(gradients) or 2 ** 20)
-        stepper.trainer.model.zero_grad()
+        model.zero_grad()
         free = memory.free()
-        weights = 4 * sum(p.numel() for p in stepper.trainer.model.parameters())
-        stepper = gradients = step = None       # before there is another
-    sums = sum(c.average in (name, "best") for name in t.AVERAGES if name in WEIGHT_AVERAGES)
+        stepper = model = gradients = None      # before there is another
+    sums = sum(c.average in (name, "best") for name in WEIGHT_AVERAGES)
     room, slope = FILLED * (free - sums * weights), (need[1] - need[0]) / first
     while may_be(t, c, rt, 2 * rows) and max(
-            whole, need[0] + (2 * rows - first) * slope) <= room:
+            update, need[0] + (2 * rows - first) * slope) <= room:
         rows *= 2
     return rows
 

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("train_gpt.py", "data/shards.py", "data/ngram.py", "records/settings.py",
            "records/checkpoint.py", "records/report.py")
 # fields that do not change what a run computes
+REMEDY = "lower --matrix_lr, --embed_lr or --head_lr"     # for numbers that are not finite
 FREE = ("run_id", "runs_dir", "prompt", "log_seconds", "save_minutes", "allow_changed",
         "hang_minutes", "time_limit")
 
@@ -220,8 +221,7 @@ class Keeper:
         """
         sums = torch.stack([p.detach().sum() for p in self.trainer.model.parameters()])
         if not sums.isfinite().all():
-            raise FloatingPointError(f"member {k}, step {step}: weights are not finite; lower"
-                                     " --matrix_lr, --embed_lr or --head_lr")
+            raise FloatingPointError(f"member {k}, step {step}: weights are not finite; {REMEDY}")
         tensors, facts = collect(self.trainer, k, step, meter, averages)
         self.wait()
         self.last = time.monotonic()
@@ -467,7 +467,7 @@ def is_finite(trainer, sums, meter, rows, step):
                f" documents {', '.join(map(str, documents_of(rows, step)[:8]))}")
     meter.skipped += 1
     if c.on_nonfinite == "stop" or meter.skipped > c.max_skips:
-        raise FloatingPointError(f"{message}; lower --matrix_lr, --embed_lr or --head_lr")
+        raise FloatingPointError(f"{message}; {REMEDY}")
     trainer.log.say(f"warning   {message}; the step is skipped")
     model.zero_grad()
     sums.copy_(meter.recent[-1] if meter.recent else sums.new_zeros(2))

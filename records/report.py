@@ -25,7 +25,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from data.shards import GPT2_VOCAB, UserError, write_whole
-from records.checkpoint import SOURCES, Lost, Stopped
+from records.checkpoint import REMEDY, SOURCES, Lost, Stopped
 from records.settings import speaks
 
 ROOT, IMPORTED = Path(__file__).resolve().parent.parent, time.perf_counter()
@@ -240,8 +240,8 @@ class Meter:
             torch.cat((torch.stack(self.recent).mean(dim=0), asked))).tolist()
         self.recent = []
         if not math.isfinite(self.loss):
-            raise FloatingPointError(f"member {k}, step {step + 1}: the loss is {self.loss};"
-                                     " lower --matrix_lr, --embed_lr or --head_lr")
+            raise FloatingPointError(
+                f"member {k}, step {step + 1}: the loss is {self.loss}; {REMEDY}")
         facts, epoch = self.facts(), min(rows.epoch_of(step + 1), c.epochs_of(k))
         speed = facts["tokens_per_second"]
         self.trainer.log.metrics(
