@@ -111,6 +111,7 @@ class Config:
     final_mixture: str = opt("uniform", "mixture that is the declared result",
                              "uniform", "learned", "ngram")
     mixture_size: int = opt(0, "members kept in the learned mixture, the heaviest; 0: all", least=0)
+    shuffle: str = opt("documents", "each epoch, then rows too", "documents", "rows", "none")
     average: str = opt("last", "what a member ends as", *AVERAGES)
     average_epochs: int = opt(1, "ends of epochs that `weights` and `probs` average, the last ones")
     continue_members: bool = opt(False, "members start from the one before, perturbed")
@@ -137,7 +138,7 @@ class Config:
     key_offset: bool = opt(False, "in L layers the unrotated key channels are of the token before")
     xsa: str = opt("", "exclusive self-attention, learned by head", "", "fixed", "learned")
     iha: bool = opt(False, "a head's q, k, v weights are learned mixtures of all heads'")
-    document_mask: bool = opt(False, "attention does not reach beyond the document")
+    document_mask: bool = opt(False, "attention only within a document (sdpa: slow on a GPU)")
     rope_base: float = opt(10000.0, "base of the rotary position embedding; 0: none")
     window_pattern: str = opt("SSSL", "windows by layer, S = seq_len/2, L = seq_len; last is L")
     loop_start: int = opt(0, "first of the layers that are run repeatedly, counted from 0", least=0)
@@ -250,7 +251,7 @@ TRACKS = {
         edge_batch_rows=192, final_mixture="learned", mixture_size=256, kd_from=9, kd_alpha=0.45,
         kd_temperature=1.2, model_dim=2048, num_heads=16, softcap=15.0, loop_start=15, loop_end=24,
         loop_count=5, mtp_weight=0.3, iha=True, grad_clip=1.0, momentum_start=0.95, lr_warmdown=1.0,
-        lr_power=1.0, lr_floor=0.08, wd_schedule="0:0.7,1:1"),
+        lr_power=1.0, lr_floor=0.08, wd_schedule="0:0.7,1:1", time_limit=80 * 60),
 }
 
 # A preset's (upper limits of a track's numbers, values).
@@ -260,8 +261,8 @@ PRESETS = {
         vocab_size=2048, train_tokens=9_000, selection_tokens=1_000, seq_len=64, batch_rows=16,
         device_batch_size=4, num_models=4, num_chains=2, num_epochs=2, first_epochs=0, kd_from=2,
         edge_batch_rows=12, mixture_size=2, average_epochs=2, sawtooth_epochs=1, num_layers=4,
-        model_dim=64, num_heads=2, mlp_multiple=32, loop_start=2, loop_end=2, loop_from_epoch=1,
-        momentum_steps=10, meta_rows=2, loss_chunk=512),
+        model_dim=64, num_heads=2, mlp_multiple=32, loop_start=2, loop_end=2, loop_count=2,
+        loop_from_epoch=1, momentum_steps=10, meta_rows=2, loss_chunk=512),
         dict(dataset="data/sample", eval_tokens=2_000, compile=False)),
 }
 
@@ -399,9 +400,10 @@ class Rows:
     fill an epoch's last step are carried over; only the very last step may be smaller.
     """
 
-    def __init__(self, documents, seq_len, batch_rows, num_epochs, seed, bos):
+    def __init__(self, documents, seq_len, batch_rows, num_epochs, seed, bos, shuffle="documents"):
         self.documents, self.seq_len, self.batch_rows = documents, seq_len, batch_rows
-        self.seed, self.bos, self.tokens = seed, bos, sum(map(len, documents))
+        self.seed, self.bos, self.shuffle = seed, bos, shuffle
+        self.tokens = sum(map(len, documents))
         self.rows_per_epoch = -(-(self.tokens - 1) // seq_len)
         self.total_rows = self.rows_per_epoch * num_epochs
         self.num_steps = -(-self.total_rows // batch_rows)
@@ -412,9 +414,11 @@ class Rows:
         if epoch != self.epoch:
             random, documents = np.random.default_rng((self.seed, epoch)), self.documents
             self.stream = None      # before there is another: 2 bytes a token
-            self.document_order = random.permutation(len(documents))
+            self.document_order = (random.permutation if self.shuffle == "documents" else
+                                   np.arange)(len(documents))
             self.stream = np.concatenate([documents[i] for i in self.document_order])
-            self.order, self.epoch = random.permutation(self.rows_per_epoch), epoch
+            order = np.arange if self.shuffle == "none" else random.permutation
+            self.order, self.epoch = order(self.rows_per_epoch), epoch
 
     def step(self, step):
         """inputs, targets: int64 [batch_rows, seq_len]. Target -1: nothing is predicted there."""
@@ -447,7 +451,7 @@ class Stage(NamedTuple):
 
 def stages(c):
     """The stages of a member's training, in order."""
-    growth = parse_schedule(c.window_schedule or "0:0.5:1", "window_schedule", "0:0.5:1")
+    growth = sorted(parse_schedule(c.window_schedule or "0:0.5:1", "window_schedule", "0:0.5:1"))
     loop_from = c.loop_from_epoch / c.num_epochs if c.loop_count > 1 else 0.0
     starts = {0.0, loop_from, c.recurrence_from, *(start for start, _, _ in growth)}
     result = []
@@ -558,10 +562,7 @@ class Attention(nn.Module):
     def __init__(self, c, has_value_projection):
         super().__init__()
         self.heads, self.qk_norm, self.xsa_kind = c.num_heads, c.qk_norm, c.xsa
-        self.q = Linear(c.model_dim, c.model_dim)
-        self.k = Linear(c.model_dim, c.model_dim)
-        self.v = Linear(c.model_dim, c.model_dim)
-        self.proj = Linear(c.model_dim, c.model_dim)
+        self.q, self.k, self.v, self.proj = (Linear(c.model_dim, c.model_dim) for _ in range(4))
         self.gate = Linear(GATE_CHANNELS, c.num_heads) if c.attn_gate else None
         self.value_gate = Linear(VALUE_GATE_CHANNELS, c.num_heads) if has_value_projection else None
         self.xsa = nn.Parameter(torch.empty(c.num_heads)) if c.xsa == "learned" else None
@@ -637,8 +638,7 @@ class GPT(nn.Module):
         valued = [i for i in range(c.num_layers)
                   if c.value_projections and i % 2 == (c.num_layers - 1) % 2]
         self.blocks = nn.ModuleList(Block(c, i in valued) for i in range(c.num_layers))
-        self.value_projs = nn.ModuleDict({str(i): Linear(c.model_dim, c.model_dim)
-                                          for i in valued})
+        self.value_projs = nn.ModuleDict({str(i): Linear(c.model_dim, c.model_dim) for i in valued})
         self.head = Linear(c.model_dim, c.padded_vocab)
         self.resid_lambdas = nn.Parameter(torch.empty(c.num_layers)) if c.resid_init else None
         self.x0_lambdas = nn.Parameter(torch.empty(c.num_layers)) if c.x0_init else None
@@ -1000,8 +1000,9 @@ class MuonAdamW:
             for p in group.params:
                 p.grad = None
         if c.grad_clip:
-            for _, handle in reductions:
+            for _, handle in reductions:        # once: gloo's second wait brings the sum back
                 handle and handle.wait()
+            reductions = [(grad, None) for grad, _ in reductions]
             self.clip([grad for grad, _ in reductions], c.grad_clip)
         for group, (grad, handle) in zip(self.groups, reductions):
             handle and handle.wait()
@@ -1404,7 +1405,7 @@ class Trainer:
             self.teacher.load_state_dict(self.model.state_dict())
         self.start_member(c, seed, k)
         rows = Rows(member_documents(self.data.train, c.subset_fraction, seed), c.seq_len,
-                    c.batch_rows, c.num_epochs, seed, self.data.bos)
+                    c.batch_rows, c.num_epochs, seed, self.data.bos, c.shuffle)
         flops = {s: count + distill * self.teacher_flops for s, count in self.flops.items()}
         meter, averages = report.Meter(self, k, rows, flops), Averages(c, self.model, rows)
         first = checkpoint.restore(self, state, meter, averages) if state else 0
@@ -1502,9 +1503,9 @@ def train_chain(trainer, chain, signals):
             facts, logp = done
         ready = done is None
         members.append(facts)
-        scores.append(logp)
-        if rt.rank:             # one process of a chain writes
+        if rt.rank:             # one process of a chain writes, and holds all scores
             continue
+        scores.append(logp)
         curve = ensemble_curve([{"val": member["val"]} for member in scores], c)
         single, mixed = facts["val_loss"], curve[-1]["val_loss"] if curve else float("nan")
         log.metrics(chain=chain, member=k, val_loss=single, ensemble=len(curve),
@@ -1536,8 +1537,8 @@ def run(c, overrides):
         parts = [train_chain(trainer, chain, signals) for chain in rt.chains]
     trainer.keeper.end()
     if rt.across is not None:   # the chains of other processes
-        mine, parts = parts[0], [None] * c.num_chains
-        dist.all_gather_object(parts, mine, group=rt.across)
+        mine, parts = parts[0], [([], [])] * c.num_chains
+        dist.gather_object(mine, None if rt.chains[0] else parts, group=rt.across, group_dst=0)
     members, scores = (sum(lists, []) for lists in zip(*parts))
     memory = rt.gather(torch.tensor([report.peak_memory(rt.device)], device=rt.device),
                        dist.group.WORLD)
