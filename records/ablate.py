@@ -100,6 +100,9 @@ TECHNIQUES = {
     "random token replacement": ("token_noise=0", "token_noise=0.05", "arXiv 2606.16246"),
     "masked-input loss": ("masked_weight=0", "masked_weight=0.5", "arXiv 2606.06888"),
     "document masks": ("document_mask=false", "document_mask=true", "-0.009 (#67)"),
+    "documents shuffled each epoch": (
+        "shuffle=rows", "shuffle=documents", "-0.013, -0.007 (#76)"),
+    "rows shuffled each epoch": ("shuffle=none", "shuffle=rows", "-0.026 (#7)"),
     "data subset of 80 %": ("subset_fraction=1", "subset_fraction=0.8", ""),
     "layers 1-2 run 4 times": (
         "loop_count=1", "loop_start=1 loop_end=2 loop_count=4 loop_from_epoch=4", ""),
