@@ -219,7 +219,8 @@ TRACKS = {
         time_limit=6, seq_len=256, batch_rows=8, device_batch_size=8, num_models=4, num_epochs=8,
         ngram_order=4, final_mixture="ngram", kd_alpha=0.5, num_layers=4, model_dim=128,
         num_heads=4, mlp_multiple=32, resid_init=0.0, x0_init=0.0, unet=False, dropout=0.0,
-        window_pattern="L", window_schedule="0:0.25:0.5,0.5:0.5:1", softcap=0.0, proj_init="zero",
+        qk_norm=False, window_pattern="L", window_schedule="0:0.25:0.5,0.5:0.5:1", softcap=0.0,
+        proj_init="zero", second_weight="0:0.5,0.33:0.5,0.66:0", third_weight="0:0.25,0.33:0",
         normuon_beta2=0.0, matrix_lr=0.04, embed_lr=0.1, head_lr=0.003, x0_lr=0.02, scalar_lr=0.002,
         weight_decay=1.0, momentum_steps=100, lr_warmdown=0.4, lr_power=1.0, loss_chunk=1024,
         compile_model="none"),      # compiling it takes 44 s and saves about 30

@@ -39,12 +39,14 @@ RESULTS, TABLE = ROOT / "records" / "ablations.jsonl", ROOT / "records" / "ABLAT
 SEEDS = (2, 3, 1)
 # Bases: flags that lead from the track's settings to those in which a technique is flipped. The
 # last ones are settings that the track had before, whose pairs of runs count as well.
-BEFORE = ("normuon_beta2=0.95 resid_init=1 x0_init=0.1 softcap=15 proj_init=normal"
-          " window_schedule=")
-BASES = ("dtype=float32", "dtype=bfloat16", *(f"{flags} {BEFORE}" for flags in (
-    "dtype=float32", "dtype=bfloat16", "dropout=0.1", "dropout=0.1 compile_model=whole",
-    "unet=true dropout=0.1", "unet=true dropout=0.1 compile_model=whole", "unet=true",
-    "unet=true compile_model=whole")))
+BEFORE = "qk_norm=true second_weight= third_weight="
+EARLIER = (f"{BEFORE} normuon_beta2=0.95 resid_init=1 x0_init=0.1 softcap=15 proj_init=normal"
+           " window_schedule=")
+BASES = ("dtype=float32", "dtype=bfloat16", f"dtype=float32 {BEFORE}", f"dtype=bfloat16 {BEFORE}",
+         *(f"{flags} {EARLIER}" for flags in (
+             "dtype=float32", "dtype=bfloat16", "dropout=0.1", "dropout=0.1 compile_model=whole",
+             "unet=true dropout=0.1", "unet=true dropout=0.1 compile_model=whole", "unet=true",
+             "unet=true compile_model=whole")))
 
 # name: (fields when off, fields when on, the change of val loss that its authors measured)
 TECHNIQUES = {

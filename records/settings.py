@@ -173,8 +173,6 @@ def check_config(c, gate_channels):
         (set(c.window_pattern) - set("SL"), f"--window_pattern={c.window_pattern}: only S and L"),
         *((getattr(c, name) > 1, f"--{name}={getattr(c, name)}: must be at most 1")
           for name in ("kd_alpha", "subset_fraction", "rope_fraction", "recurrence_from")),
-        (c.loop_count > 1 and c.loop_from_epoch >= c.num_epochs, f"--loop_from_epoch="
-         f"{c.loop_from_epoch}: never reached; must be below --num_epochs={c.num_epochs}"),
         (not c.kd_temperature, "--kd_temperature=0: must be positive"),
         (c.lr_warmup + c.lr_warmdown > 1, "--lr_warmup and --lr_warmdown together exceed 1"),
         (c.selection_tokens >= c.train_tokens, "--selection_tokens must be below --train_tokens"),

@@ -592,7 +592,6 @@ def refused(arguments, runs, capsys):
     (["--device=tpu"], ["--device=tpu", "cuda"]),
     (["--window_pattern=SXL"], ["--window_pattern=SXL"]),
     (["--loop_count=2", "--loop_end=4"], ["--loop_end=4", "0..3"]),
-    (["--loop_count=2", "--loop_from_epoch=1"], ["--loop_from_epoch=1", "--num_epochs=1"]),
     (["--recurrence_from=1.5"], ["--recurrence_from=1.5", "at most 1"]),
     (["--shuffle=all"], ["--shuffle=all", "documents, rows, none"]),
     (["--include_first=false", "--num_models=1"], ["--include_first=false"]),

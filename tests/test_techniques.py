@@ -48,6 +48,7 @@ def config(**changes):
         preset="toy", vocab_size=100, seq_len=12, num_layers=4, model_dim=48, num_heads=4,
         mlp_multiple=8, window_pattern="SSSL", unet=True, resid_init=1.0, x0_init=0.1, softcap=15.0,
         proj_init="normal", normuon_beta2=0.95, window_schedule="", dropout=0.0, num_models=1,
+        qk_norm=True, second_weight="", third_weight="",
         kd_alpha=0.0, batch_rows=4, device_batch_size=4, loss_chunk=7, dtype="float32",
         device="cpu"), **changes})
 
