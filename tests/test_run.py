@@ -477,7 +477,7 @@ def test_baseline_is_stored_and_not_repeated(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(baseline, "MULTIPLES", (1, 2))
     monkeypatch.setattr(baseline, "TUNED_UP_TO", 1)
     monkeypatch.setattr(baseline, "WEIGHT_DECAYS", (0.1, 1.0))
-    monkeypatch.setattr(baseline, "FIRST_GUESS", (2, 0.1))
+    monkeypatch.setattr(baseline, "FIRST_GUESS", (2, 0.1, (False, True)))
     before = (ROOT / "data/sample/meta.json").read_bytes()
     shutil.copytree(ROOT / "data/sample", tmp_path / "sample")
     meta = tmp_path / "sample/meta.json"
@@ -493,8 +493,10 @@ def test_baseline_is_stored_and_not_repeated(tmp_path, monkeypatch, capsys):
         "val"]
     lines = (runs / "baseline_cpu/runs.jsonl").read_text(encoding="utf-8").splitlines()
     done = [json.loads(line) for line in lines]
-    settings = [(r["tokens"], r["epochs"], r["weight_decay"], r["unet"]) for r in done]
-    assert len(set(settings)) == len(settings) >= 6     # one epoch, two sizes and ways; a search
+    settings = [tuple(r[key] for key in baseline.KEY) for r in done]
+    assert len(set(settings)) == len(settings) >= 10    # one epoch, two sizes, four ways; a search
+    assert {(r["unet"], r["qk_norm"]) for r in done if r["epochs"] == 1} == {
+        (a, b) for a in (False, True) for b in (False, True)}
     best = {n: min((r for r in done if r["epochs"] == 1 and r["tokens"] == n and
                     r["weight_decay"] == 0.1), key=lambda r: r["selection"]) for n in (3000, 6000)}
     assert stored["one_epoch"] == [[n, run["val"]] for n, run in best.items()]
