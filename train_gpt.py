@@ -111,7 +111,7 @@ class Config:
     final_mixture: str = opt("uniform", "mixture that is the declared result",
                              "uniform", "learned", "ngram")
     mixture_size: int = opt(0, "members kept in the learned mixture, the heaviest; 0: all", least=0)
-    shuffle: str = opt("documents", "each epoch, then rows too", "documents", "rows", "none")
+    shuffle: str = opt("documents", "permuted each epoch, then rows", "documents", "rows", "none")
     average: str = opt("last", "what a member ends as", *AVERAGES)
     average_epochs: int = opt(1, "ends of epochs that `weights` and `probs` average, the last ones")
     continue_members: bool = opt(False, "members start from the one before, perturbed")

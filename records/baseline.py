@@ -8,9 +8,8 @@ weight decay; (b) the best on `selection` over epochs and weight decays, found b
 begins at each D with what was best at the D before: fewer epochs while that helps (at the smallest
 D else more), then the other weight decay. Both with and without U-Net skips and QK norm, whichever
 is better on selection (some help only where there are few steps). Both curves hold val losses and
-go into the dataset's
-meta.json. Every run is a line of runs/baseline_<track>/runs.jsonl and is not repeated when the
-command is started again.
+go into the dataset's meta.json. Every run is a line of runs/baseline_<track>/runs.jsonl and is not
+repeated when the command is started again.
 """
 import hashlib
 import json
