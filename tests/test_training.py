@@ -247,7 +247,8 @@ def test_a_run_over_its_time_limit_says_so(limit, over, tmp_path, capsys):
                        f"--time_limit={limit}")[1]
     lines = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8").splitlines()
     line, = [line for line in lines if re.search(r"\btime {10,}\d", line)]
-    assert ("; OVER the track's limit of 1e-05 minutes" in line) is result["over_time_limit"] is over
+    said = "; OVER the track's limit of 1e-05 minutes" in line
+    assert said is result["over_time_limit"] is over
 
 
 def test_every_track_has_a_time_limit():
