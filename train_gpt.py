@@ -211,7 +211,7 @@ class Config:
 
 # What differs from the defaults, which are the settings of `limited` where tracks share them. The
 # NanoGPT Slowrun's: limited (1 hour on 8 H100, slowrun #98), tiny (15 minutes, #99), two_hour (#96)
-# and unlimited (#90). cpu and mini are ours; mini is not tuned.
+# and unlimited (#90). cpu and mini are ours; mini is untuned. cpu has x0_lr, scalar_lr for trials.
 LARGE = dict(loop_start=15, loop_end=20, loop_count=3, mtp_weight=0.3, iha=True, average="probs")
 TRACKS = {
     "cpu": dict(

@@ -230,7 +230,7 @@ yet says so; the command goes on where it stopped.
 def pair(runs, off, on, seed, ensemble):
     """[selection, val] loss on minus off, of two runs that differ in nothing else, or None."""
     for base in BASES:
-        losses = [runs.get((settings_of(join(base, flags)), seed, ensemble))
+        losses = [runs.get((settings_of(f"{base} {flags}"), seed, ensemble))
                   for flags in (off, on)]
         if all(losses):
             return np.subtract(losses[1], losses[0])

@@ -35,8 +35,8 @@ from data.shards import UserError, refuse, write_json, write_whole
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("train_gpt.py", "data/shards.py", "data/ngram.py", "records/settings.py",
            "records/checkpoint.py", "records/report.py")
-# fields that do not change what a run computes
 REMEDY = "lower --matrix_lr, --embed_lr or --head_lr"     # for numbers that are not finite
+# fields that do not change what a run computes
 FREE = ("run_id", "runs_dir", "prompt", "log_seconds", "save_minutes", "allow_changed",
         "hang_minutes", "time_limit")
 

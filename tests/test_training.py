@@ -68,7 +68,7 @@ def training(tmp_path_factory):
 
 def rows_an_epoch(result):
     """From the tokens that the run says it trained on."""
-    c = t.make_config(**{name: value for name, value in result["config"].items()})
+    c = t.make_config(**result["config"])
     tokens = sum(map(len, t.load_dataset(t.ROOT / c.dataset, c).train))
     return math.ceil((tokens - 1) / c.seq_len)
 
@@ -242,7 +242,7 @@ def test_two_processes_of_a_chain_compute_what_one_does(name, tmp_path):
 
 # ==== Time limit ================================================================================
 @pytest.mark.parametrize("limit, over", [(1e-5, True), (1000.0, False), (0.0, False)])
-def test_a_run_over_its_time_limit_says_so(limit, over, tmp_path, capsys):
+def test_a_run_over_its_time_limit_says_so(limit, over, tmp_path):
     result = run_alone(tmp_path, "--track=cpu", "--num_models=1", "--num_epochs=1", *SAME,
                        f"--time_limit={limit}")[1]
     lines = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8").splitlines()
