@@ -1,25 +1,46 @@
 #!/usr/bin/env bash
-# Set up and launch.   ./run.sh [--field=value ...]   ·   ./run.sh COMMAND ...   ·   ./run.sh test
-# COMMAND is one of train_gpt.py's (baseline, sample, check, bench); --help lists the fields.
-# bench is one process here; N of them: .venv/bin/torchrun --nproc_per_node=N train_gpt.py bench ...
+# Set up and launch.
+#   ./run.sh [--field=value ...]     train on all GPUs there are; fetches the data that is missing
+#   ./run.sh check [...]             only say what it would do, and whether that is sound
+#   ./run.sh TOOL [...]              a script of tools/; ./run.sh TOOL --help says more
+#   ./run.sh test [--slow] [...]     the tests: the quick ones, or with --slow the others
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 fail() { echo "error: $1" >&2; exit 2; }
 
-# ---- environment: .venv, made anew when requirements.txt is not the one it was made from
 for python in python3 python3.13 python3.12 python3.11 ""; do
     [ -n "$python" ] || fail "no Python 3.11 or newer found; install one"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
 done
-if ! cmp -s requirements.txt .venv/requirements.installed; then
+case "${1:-}" in --help|-h)
+    sed -n '2,/^set/s/^# \{0,1\}//p' run.sh
+    echo "TOOL is one of: $(cd tools && ls ./[a-z]*.py | sed 's|./||; s|\.py||' | xargs)"
+    echo
+    exec "$python" train_gpt.py --help
+esac
+
+command=train
+if [ $# -gt 0 ] && [[ "$1" != -* ]]; then command=$1; shift; fi
+case "$command" in
+    train|check|test) ;;
+    _*|"") fail "no tool '$command'; ./run.sh --help lists them" ;;
+    *) [ -f "tools/$command.py" ] || fail "no tools/$command.py; ./run.sh --help lists them" ;;
+esac
+
+# ---- environment: .venv, made anew when requirements.txt is not the one that it was made from
+install() {
+    cmp -s "$1" ".venv/${1//\//-}" && return
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" ||
+        fail "pip could not install $1 (its message is above)"
+    cp "$1" ".venv/${1//\//-}"
+}
+if ! cmp -s requirements.txt .venv/requirements.txt; then
     echo "setting up .venv (a few minutes the first time)"
     rm -rf .venv
     "$python" -m venv .venv || fail "python -m venv failed; on Debian: apt install python3-venv"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
-        fail "pip could not install requirements.txt (its message is above)"
-    cp requirements.txt .venv/requirements.installed
 fi
+install requirements.txt
 python=.venv/bin/python
 # OpenMP threads that wait spin a little, but not long enough to steal the cores of others; memory
 # that is freed stays with the process, instead of being zeroed for it again (glibc)
@@ -29,58 +50,41 @@ export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1073741824}"
 # seconds that torchrun leaves its processes to save their state when it is told to stop, not 30
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
 
-if [ "${1:-}" = test ]; then
-    shift
-    exec $python -m pytest -q "$@" tests
-fi
-
-# ---- what to run: command, track, processes
-command=train
-if [ $# -gt 0 ] && [[ "$1" != -* ]]; then command=$1; shift; fi
-gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
-if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then       # a list, of which nvidia-smi does not know
-    IFS=, read -ra visible <<< "$CUDA_VISIBLE_DEVICES"
-    [ "${#visible[@]}" -ge "$gpus" ] || gpus=${#visible[@]}
-fi
-track="" dataset=""
-for argument in "$@"; do
-    case "$argument" in
-        --track=*) track=${argument#--track=} ;;
-        --dataset=*) dataset=${argument#--dataset=} ;;
-        --help|-h) exec $python train_gpt.py --help ;;
-        --device=cpu) gpus=0 ;;
-    esac
-done
-if [ "$gpus" -gt 0 ] && ! $python -c 'import torch; exit(not torch.cuda.is_available())'; then
-    echo "warning: nvidia-smi lists $gpus GPU(s), but PyTorch cannot use them (driver too old?)" >&2
-    gpus=0
-fi
-if [ -z "$track" ] && [ "$command" != sample ]; then
-    track=cpu
-    [ "$gpus" -lt 1 ] || track=mini
-    [ "$gpus" -lt 2 ] || track=limited
-    set -- "--track=$track" "$@"
-fi
-
-# ---- settings and data are checked before many processes are launched, or where data may have to
-# be fetched: that of cpu is here
 case "$command" in
-    train|baseline) ;;
-    *) exec $python train_gpt.py "$command" "$@" ;;
+    train) ;;
+    check) exec $python train_gpt.py check "$@" ;;
+    test)
+        install tests/requirements.txt
+        exec $python -m pytest -q -n auto --dist=loadfile "$@" tests ;;
+    *)
+        [ "$command" != plot ] || install tools/requirements.txt
+        exec $python "tools/$command.py" "$@" ;;
 esac
-processes=1     # the batch is shared out evenly over a power of two
-while [ $((2 * processes)) -le "$gpus" ]; do processes=$((2 * processes)); done
-[ "$processes" -ge "$gpus" ] || echo "using $processes of $gpus GPUs"
-check() { RANK=0 WORLD_SIZE=$processes $python train_gpt.py check "$@"; }
-if [ "$track$dataset$processes" != cpu1 ] && ! message=$(check "$@" 2>&1); then
-    fetch=(data/fineweb.py)
-    [ "$track" != mini ] || fetch+=(--tokens=48_000_000)  # room for a baseline of 12 times its 4M
-    case "$message" in
-        *"python data/fineweb.py"*|*data/fineweb:*"get more"*) $python "${fetch[@]}" || exit $? ;;
-        *) echo "$message" >&2; exit 2 ;;
-    esac
-    check "$@" > /dev/null || exit $?
+
+# ---- train: the script says on how many processes, after a look at settings and data
+case " $* " in *" --help "*|*" -h "*) exec $python train_gpt.py --help ;; esac
+gpus=0
+if nvidia-smi -L 2>/dev/null | grep '^GPU' > /dev/null; then
+    gpus=$($python -c 'import torch; print(int(torch.cuda.is_available()))')
+    [ "$gpus" -gt 0 ] || [ -n "${CUDA_VISIBLE_DEVICES+set}" ] ||
+        echo "warning: PyTorch cannot use the GPUs that nvidia-smi lists (driver too old?)" >&2
+    [ "$gpus" -gt 0 ] || export CUDA_VISIBLE_DEVICES=""
 fi
-[ "$processes" -gt 1 ] || exec $python train_gpt.py "$command" "$@"
+# without a GPU the track is cpu, whose data is here: nothing has to be asked
+case "$gpus $* " in 0*--track=*|0*--dataset=*|1*) ;; *) exec $python train_gpt.py "$@" ;; esac
+if ! plan=$($python train_gpt.py check "$@" 2>&1); then
+    case "$plan" in
+        *"python data/fineweb.py"*|*data/fineweb:*"get more"*) ;;
+        *) echo "$plan" >&2; exit 2 ;;
+    esac
+    fetch=(data/fineweb.py)
+    # mini needs 4M: then as many as a baseline of 12 times that
+    [[ "$plan" != *"track mini,"* ]] || fetch+=(--tokens=48_000_000)
+    $python "${fetch[@]}" || exit $?
+    plan=$($python train_gpt.py check "$@") || exit $?
+fi
+echo "$plan"
+processes=$(sed -n 's/^track .*, processes //p' <<< "$plan")
+[ "$processes" -gt 1 ] || exec $python train_gpt.py "$@"
 exec $python -m torch.distributed.run --standalone --nproc_per_node="$processes" \
-    train_gpt.py "$command" "$@"
+    train_gpt.py "$@"

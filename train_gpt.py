@@ -1,493 +1,685 @@
-"""Train an ensemble of GPTs, each distilled from the one before, on a fixed budget of tokens.
+"""Train an ensemble of GPTs on a fixed budget of tokens, each distilled from the one before.
 
-The regime is "data is fixed, compute is not" (the NanoGPT Slowrun): at most `train_tokens` tokens
-may be seen, as often as one likes, and the lowest loss on unseen text wins.
+The regime is "data is fixed, compute is not" (the NanoGPT Slowrun): at most `train_tokens` may
+be seen, as often as one likes, and the lowest loss on unseen text wins.
 
-    ./run.sh                                            set up, pick a track, get its data, run
-    torchrun --nproc_per_node=8 train_gpt.py --track=limited        8 GPUs
-    python train_gpt.py --track=cpu --num_models=2                  one device, one field changed
-    python train_gpt.py baseline --track=cpu            the plain models that we compare against
-    python train_gpt.py sample --run_id=NAME --prompt="It was"      text from a finished run
-    python train_gpt.py check --track=mini              validate settings and data, train nothing
-    python train_gpt.py bench --track=mini              seconds, MFU and memory of a step; no data
-    python train_gpt.py --help                          every field: default, unit, meaning
+    torchrun --nproc_per_node=8 train_gpt.py            8 GPUs: the track `limited`
+    python train_gpt.py                                 one device: `mini` on a GPU, else `cpu`
+    python train_gpt.py --track=cpu --num_models=2      a track, and one field changed
+    python train_gpt.py check --track=mini              validate settings and data, no training
+    python train_gpt.py --help                          this text and the fields of Config
 
-Rules of a record: the result is one number declared in advance (the mixture of all members after
-their last step), never a minimum over evaluations. Choices are made on `selection`, whole documents
-cut from the training budget; `val` is for comparison between runs, `holdout` is shown once, at the
-end. The log begins with this source and reproduces the run.
-This file is read from top to bottom and has at most 1,600 lines. Beside it stand data/shards.py,
-which reads token shards, data/ngram.py, and in records/: settings.py, which checks what is typed,
-checkpoint.py, what a stopped run goes on from, and report.py, which writes log and result.
+The same command, with the same --run_id, goes on with a run that was stopped; with a larger
+--num_models a finished one gets more members.
+
+Rules of a record: the result is one number, declared in advance, never a minimum over
+evaluations. Choices are made on `selection`, cut from train; `val` compares runs; `holdout`
+is shown once, at the end. The log begins with this source and reproduces the run.
+
+This file stands alone (only --ngram_order imports data/ngram.py) and reads from top to bottom:
+settings, devices, data, model, loss, optimizer, schedules, ensemble, files, report, training.
 """
+import base64
 import contextlib
+import copy
+import difflib
+import fcntl
+import hashlib
+import itertools
 import json
 import math
 import os
 import re
+import resource
 import shutil
+import signal
 import sys
+import sysconfig
+import textwrap
+import threading
 import time
-from dataclasses import dataclass, field, fields, replace
+from collections import namedtuple
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent
+
+# ==== Settings ==========================================================================
+def opt(default, meaning, *choices, least=None, most=1e15, toy=None, **tracks):
+    """A field of Config: its default, meaning and choices, and the tracks in which it differs.
+    Numbers are at least 0, whole ones whose default is not 0 at least 1, unless `least` says
+    otherwise. toy: the most that --preset=toy leaves of it."""
+    return field(default=default, metadata=dict(meaning=meaning, choices=choices, least=least,
+                                                most=most, toy=toy, tracks=tracks))
+
+def teeth(first, epochs):
+    """Points of wd_schedule: decay rises within each epoch from `first` on (slowrun #82)."""
+    return tuple(point for epoch in range(first, epochs) for point in (
+        (round(epoch / epochs, 4), 0.65), (round((epoch + 1) / epochs, 4), 1.5)))
+
+@dataclass(frozen=True)
+class Config:
+    """Every tunable number of a run: the default, then the tracks in which it is another.
+    To change a track, edit what the field's line says of it. 0, False and () are off. Schedules
+    are points (progress, value), linear in between; progress is the part of a member's steps
+    that is done. limited (1 hour on 8 H100; slowrun #98), tiny (15 minutes; #99), two_hour (#96)
+    and unlimited (one node's chain of #90) are the NanoGPT Slowrun's; cpu and mini ours."""
+    track: str = opt("", "its name")
+    preset: str = opt("", "toy: shrink any track to seconds on a CPU", "", "toy")
+    run_id: str = opt("", "name of the folder under runs_dir; empty: track, date and time")
+    runs_dir: str = opt("runs", "folder of the runs")
+    seed: int = opt(1, "of init, order and dropout", least=0, most=10 ** 9)
+    device: str = opt("auto", "auto: the first there is", "auto", "cuda", "mps", "cpu")
+    dtype: str = opt("auto", "auto: bf16 if it is fast", "auto", "bfloat16", "float32")
+    compile: bool = opt(True, "use torch.compile (where a compiler is found)")
+    compile_model: bool = opt(True, "the model too, not the loss only", cpu=False)
+    time_limit: float = opt(0, "minutes of training that the track allows", cpu=6, mini=15,
+                            tiny=15, limited=60, two_hour=120, unlimited=4800)
+    log_steps: int = opt(5, "steps between readings of the loss, for metrics.jsonl")
+    log_seconds: float = opt(5, "seconds between progress lines")
+    save_minutes: float = opt(5, "minutes between states to go on from; 0: at ends only")
+    allow_changed: bool = opt(False, "go on though settings, source or data have changed")
+    hang_minutes: float = opt(30, "minutes that processes wait for each other", least=0.05)
+
+    # ---- data
+    dataset: str = opt("data/fineweb", "folder of shards and meta.json", cpu="data/prose")
+    train_tokens: int = opt(100_000_000, "the whole data budget, selection included",
+                            cpu=50_000, mini=4_000_000, toy=9_000)
+    selection_tokens: int = opt(132_000, "whole documents, from the front", least=0,
+                                cpu=5_000, mini=60_000, toy=1_000)
+    eval_tokens: int = opt(0, "tokens of val and of holdout that are scored; 0: all")
+    vocab_size: int = opt(50257, "tokens of the dataset's vocabulary", cpu=2048, toy=2048)
+    seq_len: int = opt(2048, "tokens a row", cpu=256, mini=1024, toy=64)
+    batch_rows: int = opt(256, "rows a step, over all devices", cpu=8, mini=64, toy=16)
+    edge_batch_rows: int = opt(0, "of the outer quarters of members", unlimited=192, toy=12)
+    device_batch_size: int = opt(4, "rows of a micro-batch; halved if memory runs out",
+                                 cpu=8, mini=32, tiny=32, unlimited=2, toy=4)
+    subset_fraction: float = opt(1, "part of the documents that a member sees", most=1)
+
+    # ---- members and ensemble
+    num_models: int = opt(1, "members, in turn", cpu=4, mini=4, unlimited=96, toy=4)
+    num_epochs: int = opt(11, "passes over the data, each member", cpu=8, mini=16, tiny=15,
+                          two_hour=22, unlimited=2, toy=2)
+    kd_alpha: float = opt(0, "distillation loss", most=1, cpu=0.5, mini=0.5, unlimited=0.45)
+    kd_temperature: float = opt(1, "its temperature T", least=0.01, unlimited=1.2)
+    kd_from: int = opt(2, "first member that has a teacher", unlimited=9, toy=2)
+    continue_members: bool = opt(False, "begin as the last one ended", unlimited=True)
+    perturb_start: float = opt(0.25, "but perturbed, the second, by std of each tensor")
+    perturb_end: float = opt(0.05, "and the last; a cosine in between")
+    average: str = opt("last", "what members end as: means are of ends of epochs", "last",
+                       "weights", "probs", tiny="weights", limited="probs", two_hour="probs")
+    average_epochs: int = opt(1, "how many", tiny=4, limited=3, two_hour=9, toy=2)
+    average_recency: bool = opt(False, "weighted 1, 2, 3, ... and not equally", tiny=True)
+    final_mixture: str = opt("uniform", "the declared result (ngram is learned, too)",
+                             "uniform", "learned", "ngram", cpu="ngram", unlimited="learned")
+    ngram_order: int = opt(0, "of a Kneser-Ney n-gram that joins; 0: none", most=4, cpu=4)
+    ngram_prior: float = opt(30, "tokens that pull weights by context to the common ones")
+
+    # ---- model
+    num_layers: int = opt(30, "blocks", cpu=4, mini=12, tiny=16, toy=4)
+    model_dim: int = opt(1792, "width", cpu=128, mini=768, tiny=1024, unlimited=2048, toy=64)
+    num_heads: int = opt(14, "attention heads", cpu=4, mini=6, tiny=8, unlimited=16, toy=2)
+    mlp_multiple: int = opt(256, "8/3 model_dim is rounded up to it", cpu=32, toy=32)
+    swiglu: bool = opt(True, "SwiGLU MLP; off: squared ReLU of width 4 model_dim")
+    embed_init: float = opt(1, "standard deviation of the first embeddings")
+    head_init: float = opt(0.001, "standard deviation of the head's first weights")
+    proj_init: str = opt("normal", "of projections", "normal", "zero", cpu="zero", tiny="zero")
+    resid_init: float = opt(1, "first r of x <- r x + a x0; 0: no r", cpu=0, tiny=1.1)
+    x0_init: float = opt(0.1, "first a of it (x0: the embedding); 0: no a", cpu=0)
+    unet: bool = opt(True, "learned skips from early layers to their mirrors", cpu=False)
+    value_projections: bool = opt(True, "in every second layer values come from x0 too")
+    attn_gate: bool = opt(True, "a gate per attention head")
+    qk_norm: bool = opt(True, "RMS-normalize queries and keys", cpu=False)
+    rope_base: float = opt(10000, "of the rotary position embedding", least=1)
+    rope_fraction: float = opt(1, "part of the frequencies that turn", most=1, tiny=0.5)
+    key_offset: bool = opt(False, "L layers: others are of the token before", tiny=True)
+    xsa: bool = opt(False, "exclusive self-attention, learned by head", tiny=True)
+    iha: bool = opt(False, "mixed heads", limited=True, two_hour=True, unlimited=True)
+    window_pattern: str = opt("SSSL", "windows by layer, S: half a row, L: a row", cpu="L")
+    window_schedule: tuple = opt(
+        (), "(progress, S, L), parts of a row; with YaRN", cpu=((0, 0.25, 0.5), (0.5, 0.5, 1)),
+        two_hour=((0, 0.125, 0.375), (6 / 22, 0.375, 0.875), (13 / 22, 0.625, 1)))
+    loop_start: int = opt(0, "looped layers", limited=15, two_hour=15, unlimited=15, toy=2)
+    loop_end: int = opt(0, "the last one", limited=20, two_hour=20, unlimited=24, toy=2)
+    loop_count: int = opt(1, "times they run", limited=3, two_hour=3, unlimited=5, toy=2)
+    loop_from_epoch: int = opt(0, "when, epochs from 0", limited=6, two_hour=13, toy=1)
+    recurrence_from: float = opt(0, "progress when all runs twice", most=1, tiny=0.7)
+    softcap: float = opt(10, "c * tanh(logit / c)", cpu=0, mini=15, tiny=15, unlimited=15)
+    mtp_weight: float = opt(0, "of the MTP block", limited=0.3, two_hour=0.3, unlimited=0.3)
+    second_weight: tuple = opt(
+        (), "(progress, weight) of the second next token's loss, on the same logits",
+        cpu=((0, 0.5), (0.33, 0.5), (0.66, 0)), tiny=((0, 0.5), (0.33, 0.5), (0.66, 0)))
+    third_weight: tuple = opt((), "(progress, weight) of the third next token's",
+                              cpu=((0, 0.25), (0.33, 0)), tiny=((0, 0.25), (0.33, 0)))
+
+    # ---- optimizer and regularization (cpu: x0_lr and scalar_lr are for ablations)
+    matrix_lr: float = opt(0.01, "Muon, matrices of the blocks", cpu=0.04, tiny=0.032)
+    embed_lr: float = opt(0.0375, "AdamW, embedding", cpu=0.1, tiny=0.12)
+    head_lr: float = opt(0.0005, "AdamW, output head", cpu=0.003, tiny=0.0008)
+    x0_lr: float = opt(0.025, "AdamW, the a of x0_init", cpu=0.02, tiny=0.2)
+    scalar_lr: float = opt(0.00025, "AdamW, r of resid_init; skips", cpu=0.002, tiny=0.002)
+    gate_lr: float = opt(0, "AdamW, attention gates; 0: Muon, as matrices", tiny=0.2)
+    xsa_lr: float = opt(0.2, "AdamW, xsa")
+    iha_lr: float = opt(0.02, "AdamW, iha")
+    adam_beta1: float = opt(0.8, "AdamW's first moment, where it has no other", most=1)
+    adam_beta2: float = opt(0.95, "AdamW's second moment, but for gates", most=1)
+    adam_eps: float = opt(1e-10, "added to the root of AdamW's second moment")
+    x0_beta1: float = opt(0.96, "AdamW's first moment, the a of x0_init", most=1)
+    xsa_beta1: float = opt(0.9, "AdamW's first moment, xsa", most=1)
+    gate_beta1: float = opt(0.9, "AdamW's first moment, attention gates", most=1)
+    gate_beta2: float = opt(0.99, "AdamW's second moment, attention gates", most=1)
+    momentum: float = opt(0.95, "Muon's", most=1)
+    momentum_start: float = opt(0.85, "Muon's at the first step", most=1, unlimited=0.95)
+    momentum_steps: int = opt(300, "steps in which it rises", least=0, cpu=100, toy=10)
+    muon_eq: bool = opt(True, "MuonEq-R: unit rows before orthogonalization", tiny=False)
+    normuon_beta2: float = opt(0.95, "NorMuon; 0: plain Muon", most=1, cpu=0)
+    cautious: bool = opt(True, "decay only what the update does not push outwards")
+    weight_decay: float = opt(1.3, "of matrices, embedding and head", cpu=1, tiny=0.8)
+    wd_schedule: tuple = opt(
+        ((0, 1),), "(progress, multiplier) of weight_decay",
+        tiny=((0, 1), (0.1333, 1), (0.5333, 0.125), (1, 1.1625)),
+        limited=((0, 1), (0.4, 1), *teeth(8, 11)), two_hour=((0, 1), (0.4, 1), *teeth(14, 22)),
+        unlimited=((0, 0.7), (1, 1)))
+    lr_warmdown: float = opt(0.2, "last part of the steps, in which rates fall", most=1,
+                             cpu=0.4, mini=0.4, tiny=0.4, unlimited=1)
+    lr_power: float = opt(0.5, "how: 1 linearly", cpu=1, mini=1, tiny=1, unlimited=1)
+    lr_floor: float = opt(0, "where to, as a part of the peak", unlimited=0.08)
+    sawtooth_epochs: int = opt(0, "last, with teeth", tiny=4, limited=3, two_hour=8, toy=1)
+    sawtooth_floor: float = opt(0.05, "where to, as a part of the peak")
+    grad_clip: float = opt(0, "largest norm of the whole gradient; 0: any", unlimited=1)
+    meta_lr: float = opt(0, "norm of the meta-gradient's inner step", tiny=0.5, limited=0.5)
+    meta_decay: bool = opt(False, "it falls with the rate's warmdown", limited=True)
+    meta_scope: str = opt("matrices", "who takes it", "matrices", "mlp", tiny="mlp")
+    meta_rows: int = opt(16, "rows of half a virtual rank, for any number of GPUs", toy=2)
+    dropout: float = opt(0.1, "after output projections", most=1, cpu=0, limited=0.05)
+    mlp_dropout: bool = opt(True, "after the MLP's too", tiny=False)
+    stochastic_depth: float = opt(0, "of the last block; linear", most=1, two_hour=0.05)
+    loss_chunk: int = opt(2048, "tokens whose logits are in memory", cpu=1024, toy=512)
+
+    @property
+    def padded_vocab(self):
+        """Rows of embedding and head: a multiple of 64, for the hardware and for sharding."""
+        return math.ceil(self.vocab_size / 64) * 64
+
+    @property
+    def mlp_dim(self):
+        if not self.swiglu:
+            return 4 * self.model_dim
+        return math.ceil(8 * self.model_dim / (3 * self.mlp_multiple)) * self.mlp_multiple
+
+    def rows_of(self, member):
+        """Rows a step of a member (from 1)."""
+        at_edge = min(member, self.num_models + 1 - member) <= self.num_models // 4
+        return self.edge_batch_rows if at_edge and self.edge_batch_rows else self.batch_rows
+
+FIELDS = {f.name: f for f in fields(Config)}
+TRACKS = {track: {name: f.metadata["tracks"][track] for name, f in FIELDS.items()
+                  if track in f.metadata["tracks"]}
+          for track in ("cpu", "mini", "tiny", "limited", "two_hour", "unlimited")}
+TOY = dict(dataset="data/prose", eval_tokens=2_000, compile=False)     # and what `toy` limits
+FREE = ("run_id", "runs_dir", "log_seconds", "save_minutes", "allow_changed", "hang_minutes",
+        "time_limit")       # fields that do not change what a run computes
+GATE_CHANNELS = 12          # of the residual stream, that attention gates read
+VALUE_GATE_CHANNELS = 32    # the same of the gates of value projections
+SAMPLE_TEMPERATURE = 0.8    # of the text that a run ends with
+FORMAT = 2                  # of result.json and of states
+
+# ==== What is typed =====================================================================
+class UserError(ValueError):
+    """Something a person can mend: what, where, what to do, in one line. Exit code 2."""
+
+def check_name(name, names, kind):
+    """UserError with the nearest of `names` if `name` is none of them."""
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1) or sorted(names)
+        raise UserError(f"unknown {kind} {name!r}; did you mean {' or '.join(close)}?")
+
+def parse_arguments(arguments):
+    """["--field=value", ...] -> {field: text of the value}."""
+    values = {}
+    for argument in arguments:
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals:
+            raise UserError(f"{argument!r} is not --field=value (--help lists the fields)")
+        values[name] = text
+    return values
+
+def parse(name, text):
+    """The value of a field from its text. UserError if it cannot be one."""
+    kind = FIELDS[name].type
+    try:
+        if kind is tuple:
+            return parse_schedule(text, width=3 if name == "window_schedule" else 2)
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        like = {bool: "true or false", int: "a whole number", float: "a number",
+                tuple: "points, as 0:1,0.5:0.1 (of windows: 0:0.25:0.5,0.5:0.5:1)"}
+        raise UserError(f"--{name}={text}: must be {like[kind]}") from None
+
+def parse_schedule(text, width):
+    """"0:1,1:2" -> ((0.0, 1.0), (1.0, 2.0)), by progress. ValueError if it cannot be."""
+    points = [tuple(float(n) for n in point.split(":")) for point in text.split(",") if point]
+    for point in points:
+        if len(point) != width or not all(0 <= number < math.inf for number in point):
+            raise ValueError(point)
+    return tuple(sorted(points, key=lambda point: point[0]))
+
+def as_text(value):
+    """The reverse of parse: schedules as "0:1,1:2", false for False, 1 for 1.0."""
+    if isinstance(value, (tuple, list)):
+        points = [":".join(as_text(float(number)) for number in point) for point in value]
+        return ",".join(points)
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+def make_config(track, **overrides):
+    """The Config of `track` with `overrides` (values, or their text). UserError if unsound."""
+    check_name(track, TRACKS, "track")
+    values = {**TRACKS[track], "track": track}
+    if overrides.get("preset") == "toy":
+        values |= TOY
+        for name, f in FIELDS.items():
+            if f.metadata["toy"] is not None:
+                values[name] = min(values.get(name, f.default), f.metadata["toy"])
+    for name, value in overrides.items():
+        check_name(name, FIELDS, "field")
+        values[name] = parse(name, value) if isinstance(value, str) else value
+    config = Config(**values)
+    check_ranges(config)
+    check_combinations(config)
+    return config
+
+def check_ranges(config):
+    """UserError for a value that is none of its field's choices, or out of its range."""
+    for name, f in FIELDS.items():
+        value, rule = getattr(config, name), f.metadata
+        least = rule["least"]
+        if least is None:
+            least = 1 if f.type is int and f.default else 0
+        if rule["choices"] and value not in rule["choices"]:
+            raise UserError(f"--{name}={value}: must be one of {', '.join(rule['choices'])}")
+        if f.type in (int, float) and not least <= value <= rule["most"]:
+            raise UserError(f"--{name}={value}: must be from {least} to {rule['most']}")
+
+def check_combinations(c):
+    """UserError for values of a Config that cannot work together."""
+    if c.model_dim % (2 * c.num_heads):
+        raise UserError(f"--num_heads={c.num_heads} does not divide --model_dim={c.model_dim}"
+                        " into parts of even width")
+    if c.loop_count > 1 and not c.loop_start <= c.loop_end < c.num_layers:
+        raise UserError(f"--loop_start={c.loop_start} --loop_end={c.loop_end}: not a range of"
+                        f" layers 0..{c.num_layers - 1}")
+    if c.selection_tokens >= c.train_tokens:
+        raise UserError("--selection_tokens must be below --train_tokens")
+    if c.final_mixture != "uniform" and not c.selection_tokens:
+        raise UserError(f"--final_mixture={c.final_mixture} needs --selection_tokens")
+    if c.ngram_order and not (ROOT / "data/ngram.py").exists():
+        raise UserError("--ngram_order needs data/ngram.py beside this script; get it, or use"
+                        " --ngram_order=0 --final_mixture=learned")
+    if c.final_mixture == "ngram" and not c.ngram_order:
+        raise UserError("--final_mixture=ngram needs --ngram_order")
+    for name, pattern in (("window_pattern", "[SL]+"), ("run_id", r"([A-Za-z0-9][\w.-]*)?")):
+        if not re.fullmatch(pattern, getattr(c, name)):
+            raise UserError(f"--{name}={getattr(c, name)}: must match {pattern}")
+
+if __name__ == "__main__" and {"--help", "-h"} & set(sys.argv[1:]):
+    settings = Path(__file__).read_text(encoding="utf-8").partition("class Config:\n")[2]
+    print(__doc__ + "\nFields, as --field=value:\n" + settings.partition("\n    @property")[0])
+    sys.exit()          # before imports that take seconds and an environment
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.utils.checkpoint import checkpoint as checkpoint_block
 
-from data.ngram import NGram, weights_by_support
-from data.shards import load_dataset, refuse, write_json
-from records import baseline, bench, checkpoint, plot, report
-from records.settings import (
-    check_config, convert, help_text, known, lacks_to_compile, launched, meet, parse_arguments,
-    parse_schedule, split_processes, wait_for_first)
-
-# ==== Config and tracks =========================================================================
-ROOT = Path(__file__).resolve().parent
-
-
-def opt(default, meaning, *choices, least=None, below=math.inf):
-    """A field of Config with its unit and meaning, which --help prints, and what it may be.
-
-    Whole numbers are at least 1 and others at least 0, unless `least` says otherwise.
-    """
-    least = least if least is not None else int(type(default) is int)
-    return field(default=default, metadata=dict(help=meaning, choices=choices, least=least,
-                                                below=below))
-
-
-AVERAGES = ("last", "ema", "weights", "weights_recency", "probs", "probs_recency", "best")
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every tunable number of a run. The defaults are what the tracks share; 0 or false is off."""
-    track: str = opt("cpu", "name of a track; the table TRACKS says what it changes")
-    preset: str = opt("", "toy: shrink any track to seconds on a CPU, its techniques left on")
-    run_id: str = opt("", "name of the folder under runs_dir; empty: track, date and time")
-    runs_dir: str = opt("runs", "folder of the runs")
-    seed: int = opt(1, "of init, order and dropout; members and ranks derive theirs", least=0)
-    device: str = opt("auto", "auto: the first of the others that is there",
-                      "auto", "cuda", "mps", "cpu")
-    dtype: str = opt("auto", "of matrix products; auto: bfloat16 if it is fast",
-                     "auto", "bfloat16", "float32")
-    compile: bool = opt(True, "use torch.compile (where a compiler is found)")
-    compile_model: str = opt("whole", "the part of the model to compile; none: the loss only",
-                             "whole", "blocks", "none")
-    prompt: str = opt("", "text that the command `sample` continues")
-    time_limit: float = opt(0.0, "minutes of training that the track allows; 0: any")
-    log_steps: int = opt(5, "steps between readings of the loss, each a line of metrics.jsonl")
-    log_seconds: float = opt(5.0, "seconds between progress lines when not on a terminal")
-    save_minutes: float = opt(5.0, "minutes between states to go on from; 0: at ends only")
-    allow_changed: bool = opt(False, "go on with a run though settings, source or data changed")
-    on_nonfinite: str = opt("stop", "if a step's loss or gradient is not finite", "stop", "skip")
-    max_skips: int = opt(3, "steps that a member may skip with on_nonfinite=skip")
-    hang_minutes: float = opt(30.0, "minutes that processes wait for each other", least=0.05)
-
-    # ---- data
-    dataset: str = opt("data/fineweb", "folder of *_train_*.bin, *_val_*.bin and meta.json")
-    train_tokens: int = opt(100_000_000, "tokens, the whole data budget, selection included")
-    selection_tokens: int = opt(132_000, "tokens, whole documents from the front of train", least=0)
-    eval_tokens: int = opt(0, "tokens of val and of holdout that are scored; 0: all", least=0)
-    vocab_size: int = opt(50257, "tokens of the dataset's vocabulary (its shards must agree)")
-    seq_len: int = opt(2048, "tokens a row")
-    batch_rows: int = opt(256, "rows a step, over all devices")
-    device_batch_size: int = opt(4, "rows a micro-batch on a device; 0, auto: what fits", least=0)
-
-    # ---- ensemble
-    num_models: int = opt(1, "members, trained one after the other")
-    num_epochs: int = opt(11, "passes over the training tokens, each member")
-    first_epochs: int = opt(0, "passes of the first member; 0: num_epochs", least=0)
-    num_chains: int = opt(1, "independent chains of num_models members, one ensemble of all")
-    subset_fraction: float = opt(1.0, "part of the documents that a member sees")
-    include_first: bool = opt(True, "keep the first, undistilled member in the ensemble")
-    ngram_order: int = opt(0, "order, to 4, of an n-gram member; 0: none", least=0, below=5)
-    ngram_support: bool = opt(True, "weights beside it depend on what it knows of the context")
-    final_mixture: str = opt("uniform", "mixture that is the declared result",
-                             "uniform", "learned", "ngram")
-    mixture_size: int = opt(0, "members kept in the learned mixture, the heaviest; 0: all", least=0)
-    shuffle: str = opt("documents", "permuted each epoch, then rows", "documents", "rows", "none")
-    average: str = opt("last", "what a member ends as", *AVERAGES)
-    average_epochs: int = opt(1, "ends of epochs that `weights` and `probs` average, the last ones")
-    continue_members: bool = opt(False, "members start from the one before, perturbed")
-    perturb_start: float = opt(0.25, "perturbation of the second member, in std of each tensor")
-    perturb_end: float = opt(0.05, "perturbation of the last member; a cosine in between")
-    edge_batch_rows: int = opt(0, "batch_rows in the outer quarters of members; 0: same", least=0)
-    kd_from: int = opt(2, "first member that has a teacher")
-    kd_alpha: float = opt(0.0, "weight of the distillation loss from member k-1, 0 to 1")
-    kd_temperature: float = opt(1.0, "temperature T of the distillation loss; it gets T*T")
-
-    # ---- model
-    num_layers: int = opt(30, "blocks")
-    model_dim: int = opt(1792, "width of the residual stream")
-    num_heads: int = opt(14, "attention heads; must divide model_dim")
-    mlp_multiple: int = opt(256, "the MLP's hidden width, 8/3 model_dim, is rounded up to it")
-    swiglu: bool = opt(True, "SwiGLU MLP; off: squared ReLU of width 4 model_dim")
-    resid_init: float = opt(1.0, "initial r of x <- r x + a x0 before each block; 0: no r")
-    x0_init: float = opt(0.1, "initial a of x <- r x + a x0 (x0: the embedding); 0: no a")
-    unet: bool = opt(True, "learned skips from each early layer to its mirror image")
-    value_projections: bool = opt(True, "in every second layer values also come from x0, gated")
-    attn_gate: bool = opt(True, "a gate per attention head, read from the first 12 channels")
-    qk_norm: bool = opt(True, "RMS-normalize queries and keys after the rotation")
-    rope_fraction: float = opt(1.0, "part of the rotary frequencies that turn")
-    key_offset: bool = opt(False, "in L layers the unrotated key channels are of the token before")
-    xsa: str = opt("", "exclusive self-attention, learned by head", "", "fixed", "learned")
-    iha: bool = opt(False, "a head's q, k, v weights are learned mixtures of all heads'")
-    document_mask: bool = opt(False, "attention only within a document (sdpa: slow on a GPU)")
-    rope_base: float = opt(10000.0, "base of the rotary position embedding; 0: none")
-    window_pattern: str = opt("SSSL", "windows by layer, S = seq_len/2, L = seq_len; last is L")
-    loop_start: int = opt(0, "first of the layers that are run repeatedly, counted from 0", least=0)
-    loop_end: int = opt(0, "last of the layers that are run repeatedly", least=0)
-    loop_count: int = opt(1, "times that loop_start..loop_end are run; 1: no looping")
-    loop_from_epoch: int = opt(0, "epoch of num_epochs, from 0, in which looping begins", least=0)
-    recurrence_from: float = opt(0.0, "progress from which the network runs twice; 0: never")
-    window_schedule: str = opt("", "progress:S:L,... as parts of a row, with YaRN when L grows")
-    softcap: float = opt(10.0, "logits are c*tanh(z/c); 0: not capped")
-    proj_init: str = opt("normal", "of the output projections", "normal", "zero", "small",
-                         "depth", "uniform", "xavier")
-    mtp_weight: float = opt(0.0, "weight of the second-next-token loss (one extra block)")
-    second_weight: str = opt("", "progress:weight,... of the second next token, on the same logits")
-    third_weight: str = opt("", "progress:weight,... of the third next token, on the same logits")
-
-    # ---- optimizer and regularization
-    matrix_lr: float = opt(0.01, "Muon's learning rate, all matrices of the blocks")
-    embed_lr: float = opt(0.0375, "AdamW's learning rate, embedding")
-    head_lr: float = opt(0.0005, "AdamW's learning rate, output head")
-    x0_lr: float = opt(0.025, "AdamW's learning rate, the a of x0_init")
-    scalar_lr: float = opt(0.00025, "AdamW's learning rate, the r of resid_init and the skips")
-    gate_lr: float = opt(0.0, "AdamW's learning rate, attention gates; 0: Muon, like the matrices")
-    xsa_lr: float = opt(0.2, "AdamW's learning rate, xsa=learned")
-    iha_lr: float = opt(0.02, "AdamW's learning rate, iha")
-    grad_clip: float = opt(0.0, "largest norm of the whole gradient; 0: not clipped")
-    meta_lr: float = opt(0.0, "norm of the meta-gradient's inner step; 0: off")
-    meta_decay: bool = opt(False, "meta_lr falls with the learning rate's warmdown")
-    meta_scope: str = opt("matrices", "weights that take the inner step", "matrices", "mlp")
-    meta_rows: int = opt(16, "rows of half a virtual rank, whatever the number of GPUs")
-    weight_decay: float = opt(1.3, "of matrices, embedding and head; a step takes lr*wd*w off")
-    momentum: float = opt(0.95, "Muon's momentum", below=1)
-    momentum_start: float = opt(0.85, "Muon's momentum at the first step", below=1)
-    momentum_steps: int = opt(300, "steps in which the momentum rises; 0: at once", least=0)
-    muon_eq: bool = opt(True, "MuonEq-R: rows to unit length before orthogonalization")
-    normuon_beta2: float = opt(0.95, "NorMuon's second moment by neuron; 0: plain Muon", below=1)
-    cautious: bool = opt(True, "decay only weights that the update does not push outwards")
-    dropout: float = opt(0.1, "after the output projections of attention and MLP", below=1)
-    mlp_dropout: bool = opt(True, "dropout after the MLP too")
-    stochastic_depth: float = opt(0.0, "probability to skip the last block; linear", below=1)
-    token_noise: float = opt(0.0, "part of the input tokens replaced by random ones", below=1)
-    masked_weight: float = opt(0.0, "weight of a loss on inputs with holes (a second forward)")
-    masked_rate: float = opt(0.15, "part of the tokens that are holes there", below=1)
-    lr_warmup: float = opt(0.0, "fraction of the steps in which lr rises linearly from 0")
-    lr_warmdown: float = opt(0.2, "fraction of the steps, at the end, in which lr falls")
-    lr_power: float = opt(0.5, "the warmdown's exponent: 1 linear, 0.5 square root")
-    lr_floor: float = opt(0.0, "lr at the end as a fraction of its peak")
-    sawtooth_epochs: int = opt(0, "last epochs in each of which lr falls to 0.05", least=0)
-    wd_schedule: str = opt("0:1", "progress:multiplier,... of weight_decay, linear in between")
-    recompute_blocks: bool = opt(False, "less memory, more time: blocks run again in the backward")
-    loss_chunk: int = opt(2048, "tokens whose logits are in memory at once")
-
-    @property
-    def padded_vocab(self):
-        """Rows of embedding and head: a multiple of 64, for the hardware and for sharding."""
-        return -(-self.vocab_size // 64) * 64
-
-    @property
-    def mlp_dim(self):
-        units = -(-8 * self.model_dim // (3 * self.mlp_multiple))
-        return units * self.mlp_multiple if self.swiglu else 4 * self.model_dim
-
-    def rows_of(self, member):
-        """Rows a step of a member (from 1)."""
-        edge = min(member, self.num_models + 1 - member) <= self.num_models // 4
-        return self.edge_batch_rows if edge and self.edge_batch_rows else self.batch_rows
-
-    def epochs_of(self, member):
-        return self.first_epochs if member == 1 and self.first_epochs else self.num_epochs
-
-
-# What differs from the defaults, which are the settings of `limited` where tracks share them. The
-# NanoGPT Slowrun's: limited (1 hour on 8 H100, slowrun #98), tiny (15 minutes, #99), two_hour (#96)
-# and unlimited (#90). cpu and mini are ours; mini is untuned. cpu has x0_lr, scalar_lr for trials.
-LARGE = dict(loop_start=15, loop_end=20, loop_count=3, mtp_weight=0.3, iha=True, average="probs")
-TRACKS = {
-    "cpu": dict(
-        dataset="data/sample", vocab_size=2048, train_tokens=50_000, selection_tokens=5_000,
-        time_limit=6, seq_len=256, batch_rows=8, device_batch_size=8, num_models=4, num_epochs=8,
-        ngram_order=4, final_mixture="ngram", kd_alpha=0.5, num_layers=4, model_dim=128,
-        num_heads=4, mlp_multiple=32, resid_init=0.0, x0_init=0.0, unet=False, dropout=0.0,
-        qk_norm=False, window_pattern="L", window_schedule="0:0.25:0.5,0.5:0.5:1", softcap=0.0,
-        proj_init="zero", second_weight="0:0.5,0.33:0.5,0.66:0", third_weight="0:0.25,0.33:0",
-        normuon_beta2=0.0, matrix_lr=0.04, embed_lr=0.1, head_lr=0.003, x0_lr=0.02, scalar_lr=0.002,
-        weight_decay=1.0, momentum_steps=100, lr_warmdown=0.4, lr_power=1.0, loss_chunk=1024,
-        compile_model="none"),      # compiling it takes 44 s and saves about 30
-    "mini": dict(
-        train_tokens=4_000_000, selection_tokens=60_000, time_limit=15, seq_len=1024, batch_rows=64,
-        device_batch_size=32, num_models=4, num_epochs=16, kd_alpha=0.5, num_layers=12,
-        model_dim=768, num_heads=6, softcap=15.0, lr_warmdown=0.4, lr_power=1.0),
-    "tiny": dict(
-        time_limit=15, device_batch_size=32, num_epochs=15, num_layers=16, model_dim=1024,
-        num_heads=8, softcap=15.0, resid_init=1.1, rope_fraction=0.5, key_offset=True,
-        xsa="learned", recurrence_from=0.7, proj_init="zero", matrix_lr=0.032, embed_lr=0.12,
-        head_lr=0.0008, x0_lr=0.2, scalar_lr=0.002, gate_lr=0.2, muon_eq=False, weight_decay=0.8,
-        wd_schedule="0:1,0.1333:1,0.5333:0.125,1:1.1625", mlp_dropout=False, lr_warmdown=0.4,
-        lr_power=1.0, sawtooth_epochs=4, second_weight="0:0.5,0.33:0.5,0.66:0",
-        third_weight="0:0.25,0.33:0", average="weights_recency", average_epochs=4,
-        meta_lr=0.5, meta_scope="mlp"),
-    "limited": dict(
-        **LARGE, time_limit=60, loop_from_epoch=6, sawtooth_epochs=3, average_epochs=3,
-        meta_lr=0.5, meta_decay=True, dropout=0.05,
-        wd_schedule="0:1,0.4:1,0.7273:0.65,0.8182:1.5,0.8182:0.65,0.9091:1.5,0.9091:0.65,1:1.5"),
-    "two_hour": dict(
-        **LARGE, time_limit=120, num_epochs=22, loop_from_epoch=13, sawtooth_epochs=8,
-        average_epochs=9, stochastic_depth=0.05,    # the public 11: two from before the loops
-        window_schedule=f"0:0.125:0.375,{6 / 22}:0.375:0.875,{13 / 22}:0.625:1",
-        wd_schedule="0:1,0.4:1,0.6364:0.65," + ",".join(
-            f"{e / 22:.4f}:0.65,{(e + 1) / 22:.4f}:1.5" for e in range(14, 22))),
-    "unlimited": dict(
-        device_batch_size=2, num_chains=5, num_models=96, num_epochs=2, continue_members=True,
-        edge_batch_rows=192, final_mixture="learned", mixture_size=256, kd_from=9, kd_alpha=0.45,
-        kd_temperature=1.2, model_dim=2048, num_heads=16, softcap=15.0, loop_start=15, loop_end=24,
-        loop_count=5, mtp_weight=0.3, iha=True, grad_clip=1.0, momentum_start=0.95, lr_warmdown=1.0,
-        lr_power=1.0, lr_floor=0.08, wd_schedule="0:0.7,1:1", time_limit=80 * 60),
-}
-
-# A preset's (upper limits of a track's numbers, values).
-PRESETS = {
-    "": ({}, {}),
-    "toy": (dict(
-        vocab_size=2048, train_tokens=9_000, selection_tokens=1_000, seq_len=64, batch_rows=16,
-        device_batch_size=4, num_models=4, num_chains=2, num_epochs=2, first_epochs=0, kd_from=2,
-        edge_batch_rows=12, mixture_size=2, average_epochs=2, sawtooth_epochs=1, num_layers=4,
-        model_dim=64, num_heads=2, mlp_multiple=32, loop_start=2, loop_end=2, loop_count=2,
-        loop_from_epoch=1, momentum_steps=10, meta_rows=2, loss_chunk=512),
-        dict(dataset="data/sample", eval_tokens=2_000, compile=False)),
-}
-
-
-def make_config(track="cpu", **overrides):
-    """The Config of `track` with `overrides` (values, or their text). UserError if unsound."""
-    types = {f.name: type(f.default) for f in fields(Config)}
-    limits, changes = PRESETS[known(overrides.get("preset", ""), PRESETS, "preset")]
-    values = {**TRACKS[known(track, TRACKS, "track")], **changes}
-    for name, limit in limits.items():
-        values[name] = min(limit, values.get(name, getattr(Config, name)))
-    for name, value in overrides.items():
-        values[name] = convert(name, value, types[known(name, types, "field")])
-    config = Config(**{**values, "track": track})
-    check_config(config, VALUE_GATE_CHANNELS)
-    return config
-
-
-# ==== Runtime: processes, device, dtype, log ====================================================
+# ==== Runtime: processes, device, dtype =================================================
 @dataclass
 class Runtime:
-    """The processes and the device of this run; one process and many take the same code path."""
-    rank: int
-    world: int
-    device: torch.device
-    dtype: torch.dtype          # of matrix products
-    attention: str              # "fa3", "flex" or "sdpa"
-    compile: bool
-    notes: list                 # what is slower or other than asked for: one line each
-    chains: tuple = (0,)        # the chains of members that these processes train
-    is_main: bool = True        # writes the log
-    group: object = None        # of the processes of a chain; None: all
-    across: object = None       # of the processes with this rank in every chain; None: one chain
+    """The processes and the device of a run; one process and many take the same path."""
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32      # of matrix products
+    attention: str = "sdpa"                 # or "flex", "fa3"
+    compile: bool = False
+    notes: list = field(default_factory=list)   # what is slower or other than asked for
 
-    def sum(self, tensor):
-        """Sum of `tensor` over the processes of a chain, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor, group=self.group)
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def all_reduce(self, tensor):
+        """Sum of `tensor` over the processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, tensor, group=None):
-        """[n, ...] of each process of the chain (or `group`) -> [processes * n, ...] on all."""
-        group = group or self.group
-        if not dist.is_initialized() or dist.get_world_size(group) == 1:
+    def reduce(self, tensor, owner):
+        """The same on the process `owner` alone; what others then hold is of no use."""
+        if self.world_size > 1:
+            dist.reduce(tensor, owner)
+
+    def broadcast(self, tensor, owner):
+        """`tensor` of the process `owner`, in place on all of them."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, owner)
+
+    def all_gather(self, tensor):
+        """[n, ...] of each process -> [world_size * n, ...] on all of them."""
+        if self.world_size == 1:
             return tensor
-        whole = tensor.new_empty(dist.get_world_size(group) * len(tensor), *tensor.shape[1:])
-        all_gather(whole, tensor.contiguous(), group=group)
-        return whole
+        whole = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(whole, tensor.contiguous())
+        return torch.cat(whole)
 
     def synchronize(self):
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
 
+    def compiled(self, function, wanted=True):
+        return torch.compile(function, dynamic=False) if self.compile and wanted else function
 
-# torch 2.13 renamed these two
-all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+def launcher_ranks():
+    """[rank, rank on this machine, processes, processes on it]; OSError, which all print."""
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    said = [os.environ.get(name, str(default)) for name, default in names.items()]
+    if not all(text.isdecimal() for text in said) or int(said[0]) >= int(said[2]):
+        raise OSError(f"{', '.join(names)} are {', '.join(said)}: use torchrun or unset them")
+    return [int(text) for text in said]
 
+def plan_launch(device):
+    """(processes, track) of a launch; without a launcher, of the one that run.sh makes."""
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    processes = 1 << (max(1, gpus).bit_length() - 1)
+    if {"RANK", "WORLD_SIZE"} & set(os.environ):
+        processes = launcher_ranks()[2]
+    return processes, "cpu" if not gpus else "mini" if processes == 1 else "limited"
 
-def start_runtime(c):
-    """Join the process group that torchrun announces, if any; choose device, dtype, attention."""
-    kind, notes = c.device, []
-    rank, local_rank, world, local_world = launched()
+def start_runtime(config):
+    """Join the process group, if there is one to join; choose device, dtype and attention."""
+    rank, local_rank, world_size, local_world_size = launcher_ranks()
+    gpus = torch.cuda.device_count()
+    kind = config.device
     if kind == "auto":
-        kind = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
-    refuse([(kind == "cuda" and local_world > torch.cuda.device_count(),
-             f"--device=cuda: {local_world} process(es), {torch.cuda.device_count()} GPU(s) here;"
-             " lower --nproc_per_node or use --device=cpu"),
-            (kind == "mps" and (world > 1 or not torch.backends.mps.is_available()),
-             "--device=mps: not here, or not for several processes; use --device=cpu")])
+        has_mps = torch.backends.mps.is_available() and world_size == 1
+        kind = "cuda" if gpus else "mps" if has_mps else "cpu"
+    if kind == "cuda" and local_world_size > gpus:
+        raise UserError(f"{gpus} GPU(s) for {local_world_size} process(es); lower"
+                        " --nproc_per_node or use --device=cpu")
     device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-        fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16_is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast_bf16 = kind == "cpu" and (torch.cpu._is_amx_tile_supported()
-                                       or torch.cpu._is_avx512_bf16_supported())
-        torch.set_num_threads(max(1, torch.get_num_threads() if local_world == 1 else
-                                  os.cpu_count() // local_world))   # they share the cores
-    if world > 1 and not dist.is_initialized():
-        meet("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", c.hang_minutes)
-    dtype = getattr(torch, c.dtype if c.dtype != "auto" else
-                    "bfloat16" if fast_bf16 else "float32")
-    lacks = lacks_to_compile(kind)
-    compiles = c.compile and not lacks
+        bf16_is_fast = kind == "cpu" and (torch.cpu._is_amx_tile_supported()
+                                          or torch.cpu._is_avx512_bf16_supported())
+    if local_world_size > 1:                        # processes share the cores
+        torch.set_num_threads(max(1, os.cpu_count() // local_world_size))
+    if world_size > 1 and not dist.is_initialized():
+        join_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", config)
+    dtype = torch.bfloat16 if bf16_is_fast else torch.float32
+    if config.dtype != "auto":
+        dtype = getattr(torch, config.dtype)
+    runtime = Runtime(rank, world_size, device, dtype)
+    missing = missing_for_compile(kind) if config.compile else ""
+    if missing:
+        runtime.notes.append(f"compile   off: {missing}; slower")
+    runtime.compile = config.compile and not missing
     torch._dynamo.config.recompile_limit = 64       # stages, and a teacher; beyond it is eager
-    if c.compile and lacks:
-        notes.append(f"compile   off: {lacks}; slower")
-    attention = "sdpa" if c.document_mask else choose_attention(
-        device, dtype, compiles and c.compile_model != "none", notes)
-    rt = Runtime(rank, world, device, dtype, attention, compiles, notes, tuple(range(c.num_chains)),
-                 rank == 0)
-    rt.world = chain_processes(c, world)
-    if rt.world < world:
-        rt.group, rt.across = split_processes(world, c.num_chains, c.hang_minutes)
-        rt.rank, rt.chains = rank % rt.world, (rank // rt.world,)
-    return rt
+    if kind == "cuda":
+        choose_attention(runtime, config.compile_model)
+    return runtime
 
+def join_process_group(backend, config):
+    """Join the group that torchrun announces. UserError if a port is taken, or no address.
+    Keys are by attempt: after a restart gloo would else look for processes that are gone."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    timeout = timedelta(minutes=config.hang_minutes)        # the longest wait of a collective
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store),
+                                rank=rank, world_size=world_size, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"processes cannot meet: {str(error).splitlines()[0]}") from None
 
-def chain_processes(c, world):
-    """Processes that train one chain; all, one chain after the other, if they cannot be split."""
-    return world if world % c.num_chains else world // c.num_chains
+def missing_for_compile(device_type):
+    """What torch.compile misses here on a device of this type, in words, or ""."""
+    variable, names = {"cpu": ("CXX", "clang++" if sys.platform == "darwin" else "g++"),
+                       "cuda": ("CC", "gcc clang")}.get(device_type, ("", ""))
+    names = os.environ.get(variable, names)
+    if not any(shutil.which(name) for name in names.split()):
+        return f"no compiler found for {device_type} ({names})"
+    header = Path(sysconfig.get_path("include"), "Python.h")    # kernels are modules of Python
+    return "" if header.exists() else f"no {header} (on Debian: apt install python3-dev)"
 
-
-def choose_attention(device, dtype, compiles, notes):
+def choose_attention(runtime, compiles_model):
     """FlashAttention 3 if it imports and a call succeeds, else what PyTorch ships."""
-    if device.type != "cuda":
-        return "sdpa"
-    path = "flex" if compiles else "sdpa"
     try:
         from flash_attn_interface import flash_attn_func
-        probe = torch.zeros(1, 128, 2, 128, device=device, dtype=dtype)
+        probe = torch.zeros(1, 128, 2, 128, device=runtime.device, dtype=runtime.dtype)
         flash_attn_func(probe, probe, probe, causal=True, window_size=(63, 0))
-        torch.cuda.synchronize()
-        return "fa3"
-    except Exception as error:  # not installed, another architecture or dtype, a broken build
-        notes.append(f"attention {path}, as FlashAttention 3 fails ({type(error).__name__})")
-        return path
+        runtime.synchronize()
+        runtime.attention = "fa3"
+    except Exception as error:      # not installed, another architecture, a broken build
+        runtime.attention = "flex" if runtime.compile and compiles_model else "sdpa"
+        runtime.notes.append(f"attention {runtime.attention}: FlashAttention 3 fails"
+                             f" ({type(error).__name__})")
 
+# ==== Shards and rows ===================================================================
+# llm.c's and modded-nanogpt's file: an int32[256] header (magic, version, tokens, vocabulary
+# size, BOS id; 0 in the last two: GPT-2's), then uint16 tokens, each document behind its BOS.
+SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
+GPT2_VOCAB, GPT2_BOS = 50257, 50256
 
-# ==== Data (data/shards.py reads the shards) ====================================================
-def member_documents(documents, fraction, seed):
-    """A random part of `documents` (at least one), in their order; all of them if fraction is 1."""
-    count = max(1, round(fraction * len(documents)))
-    chosen = np.random.default_rng((seed, 1)).permutation(len(documents))[:count]
-    return [documents[i] for i in sorted(chosen)]
+def read_shard(path, vocab_size, sha256=None):
+    """(tokens: uint16 memory map [n], BOS id, SHA-256). UserError if the file is not sound.
+    vocab_size, sha256: what they must be."""
+    try:
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+        held = (path.stat().st_size - 4 * HEADER_INTS) / 2
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    again = "fetch or build the dataset again"
+    if len(header) < HEADER_INTS or (header[0], header[1]) != (SHARD_MAGIC, SHARD_VERSION):
+        raise UserError(f"{path}: not a token shard of version {SHARD_VERSION}; {again}")
+    count, *ids = (int(number) for number in header[2:5])
+    vocab, bos = ids if ids[0] else (GPT2_VOCAB, GPT2_BOS)
+    if count < 2 or held != count or sha256 not in (None, found):
+        raise UserError(f"{path}: damaged, by its size or its SHA-256 in meta.json; {again}")
+    if vocab != vocab_size:
+        raise UserError(f"{path}: vocabulary of {vocab}; set --vocab_size={vocab}")
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(count,))
+    if tokens[0] != bos or tokens.max() >= vocab:
+        raise UserError(f"{path}: must begin with BOS {bos} and be below {vocab}; {again}")
+    return tokens, bos, found
 
+def split_documents(tokens, bos):
+    """[n] -> list of views, one a document, each beginning with BOS."""
+    starts = np.flatnonzero(tokens == bos)
+    return [tokens[a:b] for a, b in itertools.pairwise([*starts, len(tokens)])]
+
+def count_tokens(documents):
+    return sum(len(document) for document in documents)
+
+def cut_documents(documents, budget):
+    """The first documents, the last one shortened, that make exactly `budget` tokens."""
+    kept, total = [], 0
+    for document in documents:
+        if total >= budget:
+            break
+        kept.append(document[:min(len(document), budget - total)])
+        total += len(kept[-1])
+    return kept
+
+@dataclass
+class Dataset:
+    """Lists of documents (uint16 views that begin with BOS) and the folder's meta.json."""
+    folder: Path
+    train: list
+    scored: dict                # split -> list: selection (if there is one), val, holdout
+    bos: int
+    meta: dict
+    hashes: dict                # file name -> SHA-256
+    bytes_per_token: dict       # split -> UTF-8 bytes of text a token, 0 if unknown
+    notes: list
+
+def read_meta(folder):
+    """(meta.json, {"<split>_<index>": (SHA-256, bytes of text)}). UserError if malformed."""
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return meta, {key: (facts.get("sha256"), int(facts.get("text_bytes") or 0))
+                      for key, facts in meta.get("splits", {}).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+def load_dataset(folder, config):
+    """Read a dataset, cut selection and budget, check that no val document is in train."""
+    folder = Path(folder)
+    meta, listed = read_meta(folder)
+    splits, hashes, bytes_per_token = {}, {}, {}
+    for split in ("train", "val", "holdout"):
+        documents, text_bytes = [], 0
+        for path in sorted(folder.glob(f"*_{split}_*.bin")):
+            if split == "train" and count_tokens(documents) >= config.train_tokens:
+                break
+            sha256, size = listed.get(f"{split}_{path.stem.rpartition('_')[2]}", (None, 0))
+            tokens, bos, hashes[path.name] = read_shard(path, config.vocab_size, sha256)
+            documents += split_documents(tokens, bos)
+            text_bytes += size
+        if not documents:
+            script = folder.name if folder.name in ("prose", "fineweb") else "YOUR_SCRIPT"
+            raise UserError(f"{folder}: no {split} shards; get them: python data/{script}.py")
+        splits[split] = documents
+        bytes_per_token[split] = text_bytes / count_tokens(documents)
+    if count_tokens(splits["train"]) < config.train_tokens:
+        raise UserError(f"{folder}: {count_tokens(splits['train']):,} tokens in train, below"
+                        f" --train_tokens={config.train_tokens}; get more or lower it")
+    train, notes = drop_held_out(folder, splits["train"], splits["val"] + splits["holdout"])
+    train, selection = cut_selection(cut_documents(train, config.train_tokens), config)
+    scored = {"selection": selection} if selection else {}
+    for split in ("val", "holdout"):
+        scored[split] = cut_documents(splits[split], config.eval_tokens or math.inf)
+    return Dataset(folder, train, scored, bos, meta, hashes, bytes_per_token, notes)
+
+def drop_held_out(folder, train, held_out):
+    """(documents of train that are not held out, notes). UserError if more than a few are."""
+    held_out = {document.tobytes() for document in held_out}
+    kept = [document for document in train if document.tobytes() not in held_out]
+    lost = len(train) - len(kept)
+    if lost > 0.005 * len(held_out):        # fewer are normal in web text
+        raise UserError(f"{folder}: {lost} documents of train are also in val or holdout; the"
+                        " splits overlap, build the dataset again")
+    note = f"data      {lost} documents of train left out: val or holdout has them"
+    return kept, [note] if lost else []
+
+def cut_selection(documents, config):
+    """(train, selection): the first documents until they have selection_tokens."""
+    ends = np.cumsum([0] + [len(document) for document in documents])
+    first = int(np.searchsorted(ends, config.selection_tokens))
+    if first >= len(documents):
+        raise UserError("--selection_tokens takes all documents of train; lower it")
+    return documents[first:], documents[:first]
 
 class Rows:
     """The rows that a member trains on, as one endless sequence cut into steps.
-
-    Every epoch permutes the documents, lays them end to end, cuts rows of seq_len + 1 tokens that
-    overlap by one (so that each token is predicted once), and permutes the rows. Rows that do not
-    fill an epoch's last step are carried over; only the very last step may be smaller.
-    """
-
-    def __init__(self, documents, seq_len, batch_rows, num_epochs, seed, bos, shuffle="documents"):
-        self.documents, self.seq_len, self.batch_rows = documents, seq_len, batch_rows
-        self.seed, self.bos, self.shuffle = seed, bos, shuffle
-        self.tokens = sum(map(len, documents))
-        self.rows_per_epoch = -(-(self.tokens - 1) // seq_len)
+    Every epoch permutes the documents (slowrun #76: -0.007 to -0.013), lays them end to end,
+    cuts rows of seq_len + 1 tokens that overlap by one (each token is predicted once), and
+    permutes the rows (#7: -0.026). Rows that do not fill an epoch's last step are carried over;
+    only the very last step may be smaller."""
+    def __init__(self, documents, seq_len, batch_rows, num_epochs, seed, bos):
+        self.documents = documents
+        self.seq_len = seq_len
+        self.batch_rows = batch_rows
+        self.seed = seed
+        self.bos = bos
+        self.tokens = count_tokens(documents)
+        self.rows_per_epoch = math.ceil((self.tokens - 1) / seq_len)
         self.total_rows = self.rows_per_epoch * num_epochs
-        self.num_steps = -(-self.total_rows // batch_rows)
-        self.epoch, self.stream, self.order, self.document_order = None, None, None, None
+        self.num_steps = math.ceil(self.total_rows / batch_rows)
+        self.epoch = None       # whose documents, end to end, are the stream: uint16 [tokens]
+        self.stream = self.row_order = None
 
     def load(self, epoch):
         """Shuffle and cut `epoch`, unless it is the present one."""
-        if epoch != self.epoch:
-            random, documents = np.random.default_rng((self.seed, epoch)), self.documents
-            self.stream = None      # before there is another: 2 bytes a token
-            self.document_order = (random.permutation if self.shuffle == "documents" else
-                                   np.arange)(len(documents))
-            self.stream = np.concatenate([documents[i] for i in self.document_order])
-            order = np.arange if self.shuffle == "none" else random.permutation
-            self.order, self.epoch = order(self.rows_per_epoch), epoch
+        if epoch == self.epoch:
+            return
+        random = np.random.default_rng((self.seed, epoch))
+        order = random.permutation(len(self.documents))
+        self.stream = np.concatenate([self.documents[i] for i in order])
+        self.row_order = random.permutation(self.rows_per_epoch)
+        self.epoch = epoch
 
     def step(self, step):
-        """inputs, targets: int64 [batch_rows, seq_len]. Target -1: nothing is predicted there."""
-        first, shape = step * self.batch_rows, (self.batch_rows, self.seq_len)
-        inputs, targets = np.full(shape, self.bos), np.full(shape, -1)
+        """inputs, targets: int64 [batch_rows, seq_len]. Target -1: nothing is predicted."""
+        inputs = np.full((self.batch_rows, self.seq_len), self.bos)
+        targets = np.full((self.batch_rows, self.seq_len), -1)
+        first = step * self.batch_rows
         for i, row in enumerate(range(first, min(first + self.batch_rows, self.total_rows))):
             self.load(row // self.rows_per_epoch)
-            start = self.order[row % self.rows_per_epoch] * self.seq_len
+            start = self.row_order[row % self.rows_per_epoch] * self.seq_len
             tokens = self.stream[start:start + self.seq_len + 1]
-            inputs[i, :len(tokens) - 1], targets[i, :len(tokens) - 1] = tokens[:-1], tokens[1:]
+            inputs[i, :len(tokens) - 1] = tokens[:-1]
+            targets[i, :len(tokens) - 1] = tokens[1:]
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def epoch_of(self, step):
         """Epochs completed when `step` begins (float)."""
         return step * self.batch_rows / self.rows_per_epoch
 
+# ==== Model =============================================================================
+# What of the model's graph changes in training: the progress at which it begins, how often the
+# looped layers and the whole network run (passes but the last are detached), how many keys a
+# query of each layer sees, itself included, and the (old, new) sizes of the L window.
+Stage = namedtuple("Stage", "start loops passes windows growths")
 
-# ==== Model =====================================================================================
-GATE_CHANNELS, VALUE_GATE_CHANNELS = 12, 32   # of the residual stream, that the gates read
-
-
-class Stage(NamedTuple):
-    """What of the model's graph changes in the course of training."""
-    start: float                # progress, 0 to 1
-    loops: int                  # times that loop_start..loop_end are run
-    passes: int                 # times that the whole network is run, all but the last detached
-    windows: tuple              # keys that a query of each layer sees, itself included
-    yarn: tuple                 # window growths (old, new) so far, for yarn()
-
-
-def stages(c):
+def training_stages(config):
     """The stages of a member's training, in order."""
-    growth = sorted(parse_schedule(c.window_schedule or "0:0.5:1", "window_schedule", "0:0.5:1"))
-    loop_from = c.loop_from_epoch / c.num_epochs if c.loop_count > 1 else 0.0
-    starts = {0.0, loop_from, c.recurrence_from, *(start for start, _, _ in growth)}
-    result = []
+    schedule = config.window_schedule or ((0.0, 0.5, 1.0),)
+    loop_from = config.loop_from_epoch / config.num_epochs if config.loop_count > 1 else 0.0
+    starts = {0.0, loop_from, config.recurrence_from, *(point[0] for point in schedule)}
+    stages = []
     for start in sorted(start for start in starts if start < 1):
-        short, long = [entry[1:] for entry in growth if entry[0] <= start][-1]
-        sizes = [round(entry[2] * c.seq_len) for entry in growth if entry[0] <= start]
-        result.append(Stage(
-            start, c.loop_count if start >= loop_from else 1,
-            2 if c.recurrence_from and start >= c.recurrence_from else 1,
-            windows(c, short, long), tuple(zip(sizes, sizes[1:]))))
-    return result
+        begun = [point for point in schedule if point[0] <= start] or schedule[:1]
+        _, short, long = begun[-1]
+        sizes = [round(point[2] * config.seq_len) for point in begun]
+        passes = 2 if config.recurrence_from and start >= config.recurrence_from else 1
+        loops = config.loop_count if start >= loop_from else 1
+        stages.append(Stage(start, loops, passes, layer_windows(config, short, long),
+                            tuple(itertools.pairwise(sizes))))
+    return stages
 
+def stage_at(stages, progress):
+    """The stage that training is in: the last that has begun."""
+    return max(stage for stage in stages if stage.start <= progress)
 
-def windows(c, short=0.5, long=1.0):
-    """Keys that a query of each layer sees, itself included: S or L, parts of a row."""
-    pattern = (c.window_pattern or "L") * c.num_layers
-    sizes = {kind: max(1, round(part * c.seq_len)) for kind, part in (("S", short), ("L", long))}
-    return tuple(sizes[kind] for kind in (*pattern[:c.num_layers - 1], "L"))
+def layer_windows(config, short=0.5, long=1.0):
+    """Keys that a query of each layer sees, itself included; short, long: parts of a row."""
+    parts = {"S": short, "L": long}
+    kinds = itertools.islice(itertools.cycle(config.window_pattern), config.num_layers - 1)
+    return tuple(max(1, round(parts[kind] * config.seq_len)) for kind in (*kinds, "L"))
 
-
-def layer_order(c, loops):
+def layer_order(config, loops):
     """Layer numbers in the order in which they run: loop_start..loop_end `loops` times."""
-    layers = list(range(c.num_layers))
-    if loops > 1:
-        end = c.loop_end + 1
-        layers[end:end] = layers[c.loop_start:end] * (loops - 1)
-    return layers
-
+    layers = list(range(config.num_layers))
+    looped = layers[config.loop_start:config.loop_end + 1]
+    layers[config.loop_end + 1:config.loop_end + 1] = looped * (loops - 1)
+    return tuple(layers)
 
 def yarn(frequency, growths):
     """(frequencies, factor of the attention scale) after windows grew: modded-nanogpt's YaRN.
-
-    Frequencies that turn less than once in the old window are interpolated, those that turn 32
-    times are kept, in between is linear (arXiv 2309.00071).
-    """
+    Those that turn less than once in the old window are interpolated, those that turn 32 times
+    are kept, linear in between (arXiv 2309.00071)."""
     scale = 1.0
     for old, new in growths:
         turns = old * frequency / (2 * math.pi)
@@ -496,15 +688,21 @@ def yarn(frequency, growths):
         scale *= 0.2 * math.log(new / old) + 1
     return frequency, scale
 
+# What a layer's attention knows of positions: how many keys a query sees, make_mask's mask,
+# (cos, sin) [T, 1, Dh/2], which key channels [Dh] are of the token before (None: none), the
+# scale of products of queries and keys, and the path: "fa3", "flex" or "sdpa".
+AttentionSpec = namedtuple("AttentionSpec", "window mask rope from_before scale path")
+
+# What a forward pass needs beside weights and tokens (GPT.specs): the order of the layers, how
+# often they run, an AttentionSpec for each layer, and that of the MTP block.
+Specs = namedtuple("Specs", "layer_order passes attention mtp")
 
 def norm(x):
     """RMS norm without parameters."""
     return F.rms_norm(x, (x.size(-1),))
 
-
 class Linear(nn.Module):
     """x W^T without bias; fp32 weights [out, in], cast to the dtype of x."""
-
     def __init__(self, in_features, out_features):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
@@ -512,22 +710,10 @@ class Linear(nn.Module):
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
 
-
 def rotate(x, cos, sin):
     """Rotary position embedding, rotate-half. x [B, T, H, Dh]; cos, sin [T, 1, Dh/2]."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
-
-
-class AttentionSpec(NamedTuple):
-    """What a layer's attention knows of positions: made by GPT.prepare."""
-    window: int                 # keys that a query sees, itself included
-    mask: object                # of make_mask
-    rope: tuple | None          # cos, sin [T, 1, Dh/2]
-    from_before: object         # bool [Dh]: key channels taken from the token before, or None
-    scale: float                # of the products of queries and keys
-    path: str                   # "fa3", "flex" or "sdpa"
-
 
 def attend(q, k, v, spec):
     """Causal attention, q, k, v [B, T, H, Dh] -> [B, T, H, Dh]."""
@@ -544,7 +730,6 @@ def attend(q, k, v, spec):
                                            is_causal=spec.mask is None)
     return y.transpose(1, 2)
 
-
 def make_mask(window, length, device, path):
     """The mask that `attend` wants for rows of `length` tokens."""
     if path == "fa3" or (path == "sdpa" and window >= length):
@@ -556,18 +741,21 @@ def make_mask(window, length, device, path):
     distance = position[:, None] - position[None, :]
     return (distance >= 0) & (distance < window)
 
-
 class Attention(nn.Module):
     """Causal self-attention with QK-norm, gated value projections and a gate per head."""
-
-    def __init__(self, c, has_value_projection):
+    def __init__(self, config, has_value_projection):
         super().__init__()
-        self.heads, self.qk_norm, self.xsa_kind = c.num_heads, c.qk_norm, c.xsa
-        self.q, self.k, self.v, self.proj = (Linear(c.model_dim, c.model_dim) for _ in range(4))
-        self.gate = Linear(GATE_CHANNELS, c.num_heads) if c.attn_gate else None
-        self.value_gate = Linear(VALUE_GATE_CHANNELS, c.num_heads) if has_value_projection else None
-        self.xsa = nn.Parameter(torch.empty(c.num_heads)) if c.xsa == "learned" else None
-        self.mix = nn.Parameter(torch.empty(3, c.num_heads, c.num_heads)) if c.iha else None
+        self.qk_norm = config.qk_norm
+        self.heads = heads = config.num_heads
+        width = config.model_dim
+        self.q = Linear(width, width)
+        self.k = Linear(width, width)
+        self.v = Linear(width, width)
+        self.proj = Linear(width, width)
+        self.gate = Linear(GATE_CHANNELS, heads) if config.attn_gate else None
+        self.value_gate = Linear(VALUE_GATE_CHANNELS, heads) if has_value_projection else None
+        self.xsa = nn.Parameter(torch.empty(heads)) if config.xsa else None
+        self.mix = nn.Parameter(torch.empty(3, heads, heads)) if config.iha else None
 
     def project(self, x):
         """q, k, v [B, T, H, Dh]; with IHA each head's weights are a mixture of all heads'."""
@@ -575,7 +763,7 @@ class Attention(nn.Module):
         weights = [layer.weight for layer in (self.q, self.k, self.v)]
         if self.mix is not None:         # slowrun #69: -0.008
             weights = [(m @ w.view(self.heads, -1)).view(D, D) for m, w in zip(self.mix, weights)]
-        return (F.linear(x, w.to(x.dtype)).view(B, T, self.heads, -1) for w in weights)
+        return [F.linear(x, w.to(x.dtype)).view(B, T, self.heads, -1) for w in weights]
 
     def forward(self, x, value, spec):
         B, T, D = x.shape
@@ -583,300 +771,260 @@ class Attention(nn.Module):
         if self.value_gate is not None:  # the gate starts at 1 (slowrun #11: -0.027)
             gate = 2 * torch.sigmoid(self.value_gate(x[..., :VALUE_GATE_CHANNELS]))
             v = v + gate.unsqueeze(-1) * value.view(B, T, self.heads, -1)
-        if spec.rope is not None:
-            q, k = rotate(q, *spec.rope), rotate(k, *spec.rope)
+        q = rotate(q, *spec.rope)
+        k = rotate(k, *spec.rope)
         if self.qk_norm:
-            q, k = norm(q), norm(k)
+            q = norm(q)
+            k = norm(k)
         if spec.from_before is not None:    # keys of the token before (modded-nanogpt)
             k = torch.where(spec.from_before, torch.cat((k[:, :1], k[:, :-1]), dim=1), k)
         y = attend(q, k, v, spec)
-        if self.xsa_kind:                # exclusive self-attention: less of the token's own value
+        if self.xsa is not None:         # less of the token's own value (slowrun #91: -0.003)
             own = v / v.norm(dim=-1, keepdim=True).clamp(min=1e-4)
-            part = torch.tanh(self.xsa).view(-1, 1).to(y.dtype) if self.xsa is not None else 1.0
+            part = torch.tanh(self.xsa).view(-1, 1).to(y.dtype)
             y = y - part * (y * own).sum(dim=-1, keepdim=True) * own
         if self.gate is not None:        # slowrun #21: -0.019
             y = y * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS])).unsqueeze(-1)
         return self.proj(y.reshape(B, T, D))
 
-
 class MLP(nn.Module):
     """SwiGLU (slowrun: -0.014), or squared ReLU."""
-
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.gate = Linear(c.model_dim, c.mlp_dim) if c.swiglu else None
-        self.fc = Linear(c.model_dim, c.mlp_dim)
-        self.proj = Linear(c.mlp_dim, c.model_dim)
+        self.gate = Linear(config.model_dim, config.mlp_dim) if config.swiglu else None
+        self.fc = Linear(config.model_dim, config.mlp_dim)
+        self.proj = Linear(config.mlp_dim, config.model_dim)
 
     def forward(self, x):
         h = self.fc(x)
-        return self.proj(F.relu(h).square() if self.gate is None else F.silu(self.gate(x)) * h)
-
+        h = F.relu(h).square() if self.gate is None else F.silu(self.gate(x)) * h
+        return self.proj(h)
 
 class Block(nn.Module):
-    def __init__(self, c, has_value_projection):
+    def __init__(self, config, has_value_projection):
         super().__init__()
-        self.attn, self.mlp = Attention(c, has_value_projection), MLP(c)
-        self.dropout, self.mlp_dropout = c.dropout, c.dropout if c.mlp_dropout else 0.0
+        self.attn = Attention(config, has_value_projection)
+        self.mlp = MLP(config)
+        self.dropout = config.dropout
+        self.mlp_dropout = config.dropout if config.mlp_dropout else 0.0
 
     def forward(self, x, value, spec):
         y = self.attn(norm(x), value, spec)
         x = x + F.dropout(y, self.dropout, self.training)
         return x + F.dropout(self.mlp(norm(x)), self.mlp_dropout, self.training)
 
-
 class GPT(nn.Module):
     """Decoder-only transformer. `forward` gives hidden states; head and loss are the caller's.
-
-    dtype: of activations and matrix products (weights are fp32). attention: "fa3", "flex", "sdpa".
-    """
-
+    dtype: of activations and matrix products (weights are fp32). attention: as Runtime's."""
     def __init__(self, config, dtype=torch.float32, attention="sdpa"):
         super().__init__()
-        c = self.config = config
+        self.config = config
         self.dtype, self.attention = dtype, attention
-        self.wte = nn.Embedding(c.padded_vocab, c.model_dim)
-        valued = [i for i in range(c.num_layers)
-                  if c.value_projections and i % 2 == (c.num_layers - 1) % 2]
-        self.blocks = nn.ModuleList(Block(c, i in valued) for i in range(c.num_layers))
-        self.value_projs = nn.ModuleDict({str(i): Linear(c.model_dim, c.model_dim) for i in valued})
-        self.head = Linear(c.model_dim, c.padded_vocab)
-        self.resid_lambdas = nn.Parameter(torch.empty(c.num_layers)) if c.resid_init else None
-        self.x0_lambdas = nn.Parameter(torch.empty(c.num_layers)) if c.x0_init else None
-        self.skip_lambdas = nn.Parameter(torch.empty(c.num_layers // 2)) if (
-            c.unet and c.num_layers > 1) else None
-        self.mtp_proj = Linear(2 * c.model_dim, c.model_dim) if c.mtp_weight else None
-        self.mtp_block = Block(c, False) if c.mtp_weight else None
-        self.bos = None             # of the dataset: for document masks
-        self.prepare(c.seq_len)
+        layers, width = config.num_layers, config.model_dim
+        valued = range((layers - 1) % 2, layers, 2) if config.value_projections else ()
+        self.wte = nn.Embedding(config.padded_vocab, width)
+        self.blocks = nn.ModuleList(Block(config, i in valued) for i in range(layers))
+        self.value_projs = nn.ModuleDict({str(i): Linear(width, width) for i in valued})
+        self.head = Linear(width, config.padded_vocab)
+        self.resid_lambdas = nn.Parameter(torch.empty(layers)) if config.resid_init else None
+        self.x0_lambdas = nn.Parameter(torch.empty(layers)) if config.x0_init else None
+        has_skips = config.unet and layers > 1
+        self.skip_lambdas = nn.Parameter(torch.empty(layers // 2)) if has_skips else None
+        self.mtp_proj = Linear(2 * width, width) if config.mtp_weight else None
+        self.mtp_block = Block(config, False) if config.mtp_weight else None
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Fill every parameter, by name, from `seed`; the same values on all ranks."""
-        c, random = self.config, torch.Generator(self.wte.weight.device).manual_seed(seed)
-        d = c.model_dim
-        normal = lambda std: lambda p: p.normal_(0, std, generator=random)
-        constant = lambda value: lambda p: p.fill_(value)
-        unit_gain = lambda p: p.uniform_(-1, 1, generator=random).mul_((3 / p.shape[1]) ** 0.5)
-        table = (
-            (r"wte\.weight", normal(1)),
-            (r"head\.weight", normal(0.001)),
-            (r"resid_lambdas", constant(c.resid_init)),
-            (r"x0_lambdas", constant(c.x0_init)),
-            (r"skip_lambdas", constant(1)),
-            (r".*attn\.xsa", constant(0)),
-            (r".*attn\.mix", lambda p: p.copy_(torch.eye(c.num_heads).expand_as(p))),
-            (r".*attn\.(value_)?gate\.weight", constant(0)),
-            (r".*(\.[qkv]|\.fc|mlp\.gate|value_projs\.\d+|mtp_proj)\.weight", unit_gain),
-            (r".*\.proj\.weight", {      # normal: -0.007 over zero (slowrun #59)
-                "normal": normal(d ** -0.5), "zero": constant(0), "small": normal(0.001),
-                "depth": normal((2 * c.num_layers * d) ** -0.5), "uniform": lambda p: p.uniform_(
-                    -(3 / d) ** 0.5, (3 / d) ** 0.5, generator=random),
-                "xavier": lambda p: normal((2 / sum(p.shape)) ** 0.5)(p)}[c.proj_init]))
+        """Fill every parameter, by parameter_table, from `seed`; the same on all ranks."""
+        generator = torch.Generator(self.wte.weight.device).manual_seed(seed)
+        table = parameter_table(self.config)
         for name, p in self.named_parameters():
-            rules = [fill for pattern, fill in table if re.fullmatch(pattern, name)]
-            if len(rules) != 1:
-                raise ValueError(f"parameter {name} has {len(rules)} initializations")
-            rules[0](p)
+            initialize(p, *find_row(table, name).init, generator)
         return self
 
-    def prepare(self, length, stage=None):
-        """Set the stage (None: the last) and positions of `length` tokens, outside of a graph."""
-        c, device = self.config, self.wte.weight.device
-        self.stage = stage = stage or stages(c)[-1]
-        width = c.model_dim // c.num_heads
-        rotating = max(1, round(width // 2 * c.rope_fraction))
-        frequency = c.rope_base ** (-torch.arange(rotating, device=device) / rotating)
-        frequency, factor = yarn(frequency, stage.yarn)
-        frequency = F.pad(frequency, (0, width // 2 - rotating))     # the other pairs stand still
-        angle = torch.arange(length, device=device)[:, None, None] * frequency      # [T, 1, Dh/2]
-        rope = (angle.cos().to(self.dtype), angle.sin().to(self.dtype)) if c.rope_base else None
-        from_before = (torch.arange(width, device=device) % (width // 2) >= rotating)
-        self.specs = {window: AttentionSpec(
-            window, make_mask(window, length, device, self.attention), rope,
-            from_before if c.key_offset and window == max(stage.windows) else None,
-            factor * width ** -0.5, self.attention) for window in {*stage.windows, c.seq_len}}
-        return self
+    def specs(self, stage=None, length=None):
+        """The Specs of a stage (None: the last), for rows of `length` tokens (seq_len)."""
+        config, device = self.config, self.wte.weight.device
+        stage = stage or training_stages(config)[-1]
+        length = length or config.seq_len
+        width = config.model_dim // config.num_heads
+        rotating = max(1, round(width // 2 * config.rope_fraction))
+        frequency = config.rope_base ** (-torch.arange(rotating, device=device) / rotating)
+        frequency, factor = yarn(frequency, stage.growths)
+        frequency = F.pad(frequency, (0, width // 2 - rotating))     # other pairs stand still
+        angle = torch.arange(length, device=device)[:, None, None] * frequency  # [T, 1, Dh/2]
+        rope = (angle.cos().to(self.dtype), angle.sin().to(self.dtype))
+        standing = torch.arange(width, device=device) % (width // 2) >= rotating
+        by_window = {}
+        for window in {*stage.windows, config.seq_len}:
+            has_offset = config.key_offset and window == max(stage.windows)
+            by_window[window] = AttentionSpec(
+                window, make_mask(window, length, device, self.attention), rope,
+                standing if has_offset else None, factor * width ** -0.5, self.attention)
+        return Specs(layer_order(config, stage.loops), stage.passes,
+                     tuple(by_window[window] for window in stage.windows),
+                     by_window[config.seq_len])
 
     def trunk(self, x, x0, specs):
         """One pass through the layers. x, x0 [B, T, D]"""
-        c, skips = self.config, {}
-        half, deepest = c.num_layers // 2, max(1, c.num_layers - 1)
-        for i in layer_order(c, self.stage.loops):
-            mirror = c.num_layers - 1 - i
+        config, skips = self.config, {}
+        last = config.num_layers - 1
+        for i in specs.layer_order:
+            mirror = last - i
             if self.skip_lambdas is not None and i > mirror:     # U-Net (slowrun #17: -0.021)
-                x = x + self.skip_lambdas[half - 1 - mirror] * skips[mirror]
+                x = x + self.skip_lambdas[config.num_layers // 2 - 1 - mirror] * skips[mirror]
             if self.resid_lambdas is not None:
                 x = self.resid_lambdas[i] * x
             if self.x0_lambdas is not None:
                 x = x + self.x0_lambdas[i] * x0
             value = self.value_projs[str(i)](x0) if str(i) in self.value_projs else None
-            inputs = (x, value, specs[self.stage.windows[i]])
-            y = checkpoint_block(self.blocks[i], *inputs, use_reentrant=False) if (
-                c.recompute_blocks and self.training) else self.blocks[i](*inputs)
-            if self.training and c.stochastic_depth * i:         # slowrun #62: -0.003
-                kept = torch.rand((), device=x.device) >= c.stochastic_depth * i / deepest
+            y = self.blocks[i](x, value, specs.attention[i])
+            if self.training and config.stochastic_depth * i:    # slowrun #62: -0.003
+                kept = torch.rand((), device=x.device) >= config.stochastic_depth * i / last
                 y = torch.where(kept, y, x)
             x = y
             if i < mirror:
                 skips[i] = x
         return x
 
-    def forward(self, tokens):
-        """int64 [B, T] -> normalized final hidden states [B, T, D]. `prepare(T)` comes first.
-
-        A token of -1 is masked: it has no embedding.
-        """
-        x0 = norm(self.wte(tokens.clamp(min=0)).to(self.dtype)) * (tokens >= 0).unsqueeze(-1)
-        specs, x = self.specs_for(tokens), x0
-        if self.stage.passes > 1:       # full recurrence (slowrun #92: -0.005)
+    def forward(self, tokens, specs=None):
+        """int64 [B, T] -> normalized final hidden states [B, T, D]; specs: the last stage's."""
+        specs = specs or self.specs(length=tokens.shape[1])
+        x0 = norm(self.wte(tokens).to(self.dtype))
+        x = x0
+        for _ in range(specs.passes - 1):       # full recurrence (slowrun #92: -0.005)
             with torch.no_grad():
                 x = norm(self.trunk(x, x0, specs))
         return norm(self.trunk(x, x0, specs))
 
-    def specs_for(self, tokens):
-        """self.specs, with document masks if they are wanted."""
-        if not self.config.document_mask:
-            return self.specs
-        document = (tokens == self.bos).cumsum(dim=1)
-        same = (document[:, None, :, None] == document[:, None, None, :]).tril()    # [B, 1, T, T]
-        inside = (tokens != self.bos)[:, :, None, None]     # a BOS has no token before
-        return {window: spec._replace(
-            mask=same if spec.mask is None else same & spec.mask,
-            from_before=None if spec.from_before is None else spec.from_before & inside)
-            for window, spec in self.specs.items()}
-
-    def mtp_hidden(self, hidden, tokens, next_tokens):
+    def mtp_hidden(self, hidden, next_tokens, specs):
         """Hidden states that predict the token after next (DeepSeek's MTP). [B, T, D]
-
-        hidden: what `forward(tokens)` returned; next_tokens: int64 [B, T], its targets.
-        """
+        hidden: what `forward(tokens)` returned; next_tokens: int64 [B, T], its targets."""
         following = norm(self.wte(next_tokens).to(self.dtype))
         x = self.mtp_proj(torch.cat((hidden, following), dim=-1))
-        return norm(self.mtp_block(x, None, self.specs_for(tokens)[self.config.seq_len]))
+        return norm(self.mtp_block(x, None, specs.mtp))
 
     def logits(self, hidden):
-        """[..., D] -> softcapped fp32 logits [..., vocab_size]; the padding is not among them."""
-        c = self.config
-        return capped_logits(hidden, self.head.weight.to(hidden.dtype), c.softcap)[
-            ..., :c.vocab_size]
+        """[..., D] -> softcapped fp32 logits [..., vocab_size], without the padding."""
+        weight = self.head.weight.to(hidden.dtype)
+        return capped_logits(hidden, weight, self.config.softcap)[..., :self.config.vocab_size]
 
+def num_parameters(module):
+    return sum(p.numel() for p in module.parameters())
 
-def flops_per_token(c, stage):
-    """Training FLOPs a token: 6 per matmul parameter and exact causal window attention.
+def flops_per_token(config, stage):
+    """Training FLOPs a token: 6 a matmul parameter, 12 D a key that a query sees, each use."""
+    def attention(window):                      # by the mean of the keys over a row
+        keys = window * (window + 1) / 2 + (config.seq_len - window) * window
+        return 12 * config.model_dim * keys / config.seq_len
 
-    A layer that is run k times counts k times; the MTP block and its use of the head count too,
-    and so does the second forward of masked inputs.
-    """
-    # the mean number of keys over a row's positions; each costs 12 D
-    keys = lambda window: (window * (window + 1) / 2 + (c.seq_len - window) * window) / c.seq_len
     with torch.device("meta"):
-        model = GPT(c)
-    size = lambda module: sum(p.numel() for p in module.parameters())
-    total = 6 * size(model.head)
-    passes = 1 + (stage.passes - 1) / 3                 # all but the last are forward only
-    for i in layer_order(c, stage.loops):
-        value = size(model.value_projs[str(i)]) if str(i) in model.value_projs else 0
-        total += passes * (6 * (size(model.blocks[i]) + value)
-                           + 12 * c.model_dim * keys(stage.windows[i]))
-    total *= 1 + bool(c.masked_weight)
-    if c.mtp_weight:
-        total += 6 * sum(map(size, (model.mtp_block, model.mtp_proj, model.head)))
-        total += 12 * c.model_dim * keys(c.seq_len)
+        model = GPT(config)
+    total = 6 * num_parameters(model.head)
+    passes = 1 + (stage.passes - 1) / 3         # all but the last are forward only
+    for i in layer_order(config, stage.loops):
+        weights = num_parameters(model.blocks[i])
+        if str(i) in model.value_projs:
+            weights += num_parameters(model.value_projs[str(i)])
+        total += passes * (6 * weights + attention(stage.windows[i]))
+    if config.mtp_weight:
+        modules = (model.mtp_block, model.mtp_proj, model.head)
+        total += 6 * sum(num_parameters(module) for module in modules) + attention(config.seq_len)
     return total
 
-
-# ==== Loss ======================================================================================
-def widen(x):
-    """bf16 and fp16 to fp32; fp32 and fp64 as they are."""
-    return x if x.dtype == torch.float64 else x.float()
-
+# ==== Loss ==============================================================================
+class LossSpec(NamedTuple):
+    """The loss of some tokens: (1 - alpha) * CE + alpha * T^2 * KL(teacher || student)."""
+    target_weights: torch.Tensor    # [J]: of the next token and those after it, in CE
+    alpha: float
+    config: Config                  # T, softcap, vocabulary, chunk
 
 def capped_logits(hidden, weight, softcap):
     """[N, D], [V, D] -> [N, V] in at least fp32: z, or c * tanh(z / c)."""
-    z = widen(hidden @ weight.T)
+    z = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
     return softcap * torch.tanh(z / softcap) if softcap else z
 
-
-def loss_chunk(h, w, y, y_weights, teacher_h, teacher_w, alpha, temperature, softcap, vocab):
+def loss_chunk(hidden, weight, targets, teacher, spec):
     """Loss and gradients of one chunk of tokens, the only ones whose [n, V] logits exist.
-
-    (1 - alpha) * CE + alpha * T^2 * KL(teacher || student), both at temperature T, of softcapped
-    logits. h [n, D], w [V, D], teacher_* likewise or None; y int64 [n, J]: the next token and those
-    after it (-1: none; a token without a next one is not counted), whose cross-entropies add up to
-    CE with y_weights [J]. Returns the sums of CE, of the next token's CE and of KL, and
-    d(sum of the loss) / dh [n, D], / dw [V, D].
-    """
-    s = capped_logits(h, w, softcap)
-    slope = 1 - (s / softcap) ** 2 if softcap else 1.0
-    column = torch.arange(s.shape[1], device=s.device)
-    real = column < vocab                       # the padding never receives probability
-    s = torch.where(real, s, -torch.inf)
-    logp = torch.log_softmax(s, dim=1)
-    counted = y[:, :1] >= 0
-    next_ce = -torch.where(column == y[:, :1], logp, 0).sum()
-    wanted = counted * sum(y_weights[j] * (column == y[:, j:j + 1]) for j in range(y.shape[1]))
+    hidden [n, D], weight [V, D], teacher: the same two of the teacher, or None; targets int64
+    [n, J]: the next token and those after it (-1: none; no next one: nothing is counted).
+    Returns {name: sum over the tokens}, d(loss) / d(hidden) [n, D], d(loss) / d(weight) [V, D]:
+    d(CE) / d(logits) = p - onehot, d(T^2 KL) / d(logits) = T (p_T - q_T)."""
+    config, alpha, T = spec.config, spec.alpha, spec.config.kd_temperature
+    logits = capped_logits(hidden, weight, config.softcap)
+    slope = 1 - (logits / config.softcap) ** 2 if config.softcap else 1.0       # of tanh
+    column = torch.arange(logits.shape[1], device=logits.device)
+    real = column < config.vocab_size           # the padding never receives probability
+    logits = torch.where(real, logits, -torch.inf)
+    logp = torch.log_softmax(logits, dim=1)
+    counted = targets[:, :1] >= 0
+    next_ce = -torch.where(column == targets[:, :1], logp, 0).sum()
+    wanted = counted * sum(spec.target_weights[j] * (column == targets[:, j:j + 1])
+                           for j in range(targets.shape[1]))                # [n, V]
     ce = -torch.where(wanted > 0, wanted * logp, 0).sum()
-    mass = ((y >= 0) * y_weights).sum(dim=1, keepdim=True)
+    mass = ((targets >= 0) * spec.target_weights).sum(dim=1, keepdim=True)
     grad = (1 - alpha) * (mass * logp.exp() - wanted)
-    kl = torch.zeros_like(ce)
-    if teacher_h is not None:
-        t = torch.where(real, capped_logits(teacher_h, teacher_w, softcap), -torch.inf)
-        teacher_logp = torch.log_softmax(t / temperature, dim=1)
-        student_logp = torch.log_softmax(s / temperature, dim=1) if temperature != 1 else logp
-        q = teacher_logp.exp()
-        difference = torch.where(real, teacher_logp - student_logp, 0)
-        kl = torch.where(counted, q * difference, 0).sum()
-        grad = grad + alpha * temperature * (student_logp.exp() - q)
-    grad = torch.where(counted, grad * slope, 0).to(h.dtype)
-    return ce, next_ce, kl, grad @ w, grad.T @ h
+    sums = {"loss": (1 - alpha) * ce, "train_loss": next_ce, "kl": torch.zeros_like(ce)}
+    if teacher is not None:
+        teacher_logits = torch.where(real, capped_logits(*teacher, config.softcap), -torch.inf)
+        sums["kl"], kl_grad = distillation(logits, logp, teacher_logits, counted, T)
+        sums["loss"] = sums["loss"] + alpha * T ** 2 * sums["kl"]
+        grad = grad + alpha * T * kl_grad
+    grad = torch.where(counted, grad * slope, 0).to(hidden.dtype)
+    return sums, grad @ weight, grad.T @ hidden
 
+def distillation(logits, logp, teacher_logits, counted, T):
+    """(sum of KL(teacher || student) at temperature T, T d(KL) / d(logits) [n, V])."""
+    teacher_logp = torch.log_softmax(teacher_logits / T, dim=1)
+    student_logp = torch.log_softmax(logits / T, dim=1) if T != 1 else logp
+    q = teacher_logp.exp()
+    difference = torch.where(q > 0, teacher_logp - student_logp, 0)
+    return torch.where(counted, q * difference, 0).sum(), student_logp.exp() - q
 
-class ChunkedLoss(torch.autograd.Function):
-    """Head, softcap, CE and KL over chunks of tokens, with the gradients made in the forward.
-
-    No [tokens, vocabulary] tensor of the micro-batch ever exists (as in Liger Kernel). Returns sums
-    over the counted tokens: loss, CE of the next token, KL; the loss has gradients for hidden
-    [N, D] and weight [V, D].
-    """
+class KnownGradient(torch.autograd.Function):
+    """`loss`, whose gradients for hidden and weight have been computed with it."""
+    @staticmethod
+    def forward(ctx, hidden, weight, loss, grad_hidden, grad_weight):
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss.clone()
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, target_weights, teacher_hidden, teacher_weight, alpha,
-                temperature, softcap, vocab, chunk, chunk_function):
-        w = weight.to(hidden.dtype)
-        sums = torch.zeros(3, device=hidden.device, dtype=widen(hidden[:0]).dtype)
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad, None, None, None
+
+def add_sums(total, parts):
+    """Add {name: tensor} to `total`, in place."""
+    for name, part in parts.items():
+        total[name] = total[name] + part if name in total else part
+
+def chunked_loss(hidden, weight, targets, teacher, spec, chunk_function=loss_chunk):
+    """Head, softcap, CE and KL over chunks of tokens, with the gradients made in the forward.
+    No [tokens, vocabulary] tensor of the micro-batch ever exists (as in Liger Kernel).
+    hidden [N, D], weight [V, D] fp32, targets [N, J], teacher: (hidden, weight) or None.
+    Returns the loss, which has gradients, and {name: sum} over the counted tokens."""
+    with torch.no_grad():
+        sums = {}
+        narrow = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight)
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
-            teacher = teacher_hidden[rows] if teacher_hidden is not None else None
-            *parts, grad_hidden[rows], grad_w = chunk_function(
-                hidden[rows], w, targets[rows], target_weights, teacher, teacher_weight, alpha,
-                temperature, softcap, vocab)
-            sums += torch.stack(parts)
-            grad_weight += grad_w
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ce, next_ce, kl = sums.unbind()
-        ctx.mark_non_differentiable(next_ce, kl)
-        return (1 - alpha) * ce + alpha * temperature ** 2 * kl, next_ce, kl
+        for start in range(0, len(hidden), spec.config.loss_chunk):
+            rows = slice(start, start + spec.config.loss_chunk)
+            taught = None if teacher is None else (teacher[0][rows], teacher[1])
+            parts, grad_hidden[rows], grad = chunk_function(
+                hidden[rows], narrow, targets[rows], taught, spec)
+            grad_weight += grad
+            add_sums(sums, parts)
+    loss = KnownGradient.apply(hidden, weight, sums.pop("loss"), grad_hidden, grad_weight)
+    return loss, sums
 
-    @staticmethod
-    def backward(ctx, grad_loss, *_):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss,
-                *[None] * 10)
-
-
-def target_logprobs(hidden, weight, targets, softcap, vocab):
-    """log p(target), fp32 [N]. hidden [N, D], weight [V, D], targets int64 [N] (-1 gives junk)."""
-    logp = torch.log_softmax(capped_logits(hidden, weight, softcap)[:, :vocab], dim=1)
+def target_logprobs(hidden, weight, targets, softcap, vocab_size):
+    """log p(target), fp32 [N]. hidden [N, D], weight [V, D], targets int64 [N] (-1: junk)."""
+    logp = torch.log_softmax(capped_logits(hidden, weight, softcap)[:, :vocab_size], dim=1)
     return logp.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
 
-
-# ==== Optimizer =================================================================================
-# Coefficients of five steps of Polar Express (Amsel et al., arXiv 2505.16932) for singular values
-# in [1e-3, 1], as modded-nanogpt and slowrun use them.
-POLAR_EXPRESS = (
+# ==== Parameter table and optimizer =====================================================
+POLAR_EXPRESS = (       # five steps for singular values in [1e-3, 1] (arXiv 2505.16932)
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -884,23 +1032,58 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 
+class ParameterRow(NamedTuple):
+    """How the parameters whose whole name matches a pattern begin and how they are updated."""
+    pattern: str
+    init: tuple                 # kind and value, of initialize
+    optimizer: str              # a key of OPTIMIZERS
+    lr: float
+    weight_decay: float
+    betas: tuple = ()           # AdamW's
 
 def parameter_table(c):
-    """(pattern of names, optimizer, lr, weight decay, betas); each parameter matches just one."""
-    wd = c.weight_decay
-    return (
-        (r"(blocks\.\d+|mtp_block)\.(?!attn\.gate).*weight|(value_projs\.\d+|mtp_proj)\.weight",
-         "muon", c.matrix_lr, wd, None),
-        (r".*attn\.gate\.weight", *(("adamw", c.gate_lr, 0.0, (0.9, 0.99)) if c.gate_lr else
-                                    ("muon", c.matrix_lr, wd, None))),
-        (r".*attn\.xsa", "adamw", c.xsa_lr, 0.0, (0.9, 0.95)),
-        (r".*attn\.mix", "adamw", c.iha_lr, 0.0, (0.8, 0.95)),
-        (r"wte\.weight", "adamw", c.embed_lr, wd, (0.8, 0.95)),
-        (r"head\.weight", "adamw", c.head_lr, wd, (0.8, 0.95)),
-        (r"x0_lambdas", "adamw", c.x0_lr, 0.0, (0.96, 0.95)),
-        (r"(resid|skip)_lambdas", "adamw", c.scalar_lr, 0.0, (0.8, 0.95)),
-    )
+    """Rows for all parameters of a GPT with Config c; each parameter matches just one."""
+    betas = (c.adam_beta1, c.adam_beta2)
+    muon = ("muon", c.matrix_lr, c.weight_decay)
+    gates = ("adamw", c.gate_lr, 0.0, (c.gate_beta1, c.gate_beta2)) if c.gate_lr else muon
+    # normal: -0.007 over zero at 100M tokens (slowrun #59)
+    proj = ("normal", c.model_dim ** -0.5) if c.proj_init == "normal" else ("constant", 0.0)
+    return [ParameterRow(*row) for row in (
+        (r"wte\.weight", ("normal", c.embed_init), "adamw", c.embed_lr, c.weight_decay, betas),
+        (r"head\.weight", ("normal", c.head_init), "adamw", c.head_lr, c.weight_decay, betas),
+        (r"resid_lambdas", ("constant", c.resid_init), "adamw", c.scalar_lr, 0.0, betas),
+        (r"skip_lambdas", ("constant", 1.0), "adamw", c.scalar_lr, 0.0, betas),
+        (r"x0_lambdas", ("constant", c.x0_init), "adamw", c.x0_lr, 0.0, (c.x0_beta1, betas[1])),
+        (r".*attn\.xsa", ("constant", 0.0), "adamw", c.xsa_lr, 0.0, (c.xsa_beta1, betas[1])),
+        (r".*attn\.mix", ("identity", 1.0), "adamw", c.iha_lr, 0.0, betas),
+        (r".*attn\.gate\.weight", ("constant", 0.0), *gates),
+        (r".*attn\.value_gate\.weight", ("constant", 0.0), *muon),
+        (r".*\.proj\.weight", proj, *muon),
+        (r".*(\.[qkv]|\.fc|mlp\.gate|value_projs\.\d+|mtp_proj)\.weight", ("unit gain", 1.0),
+         *muon),
+    )]
 
+def find_row(table, name):
+    """The row of the parameter `name`; ValueError if there is none, or more than one."""
+    rows = [row for row in table if re.fullmatch(row.pattern, name)]
+    if len(rows) != 1:
+        raise ValueError(f"parameter {name} is in {len(rows)} rows of parameter_table")
+    return rows[0]
+
+def initialize(p, kind, value, generator):
+    """Fill `p` as a row of the table says; "unit gain": uniform, of variance 1 / inputs."""
+    if kind == "normal":
+        p.normal_(0, value, generator=generator)
+    elif kind == "unit gain":
+        p.uniform_(-1, 1, generator=generator).mul_(value * (3 / p.shape[1]) ** 0.5)
+    elif kind == "identity":
+        p.copy_(value * torch.eye(p.shape[-1]).expand_as(p))
+    else:
+        p.fill_(value)
+
+# What an update has beside parameters, gradients and state: learning rate, weight decay, the
+# step (from 1), Muon's momentum, AdamW's betas, the Config, the dtype of matrix products.
+Rates = namedtuple("Rates", "lr weight_decay step momentum betas config dtype")
 
 def polar_express(x):
     """Approximate polar factor U V^T of each matrix of x [n, rows, cols], in x's dtype."""
@@ -912,183 +1095,169 @@ def polar_express(x):
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if tall else x
 
+def neuron_axis(p):
+    """The axis of [n, rows, cols] that NorMuon averages over: the shorter side's."""
+    return 2 if p.shape[1] >= p.shape[2] else 1
 
-def muon_update(p, grad, m, v, lr, wd, momentum, beta2, row_norm, cautious, dtype):
-    """One step of Muon on the matrices p, grad [n, rows, cols], in place (p, m, v).
+def muon_state(p):
+    second = torch.zeros_like(p).mean(dim=neuron_axis(p), keepdim=True)
+    return {"momentum": torch.zeros_like(p), "second_moment": second}
 
-    Nesterov momentum (m), unit rows (MuonEq-R, slowrun #71), Polar Express, NorMuon's second moment
-    by neuron (v; arXiv 2510.05491), cautious weight decay (arXiv 2510.12402).
-    """
-    m.lerp_(grad, 1 - momentum)
-    u = grad.lerp(m, momentum)
-    if row_norm:
+def muon_update(p, grad, state, rates):
+    """One step of Muon on the matrices p, grad [n, rows, cols], in place (p and state).
+    Nesterov momentum, unit rows (MuonEq-R, slowrun #71), Polar Express, NorMuon's moment by
+    neuron (arXiv 2510.05491), cautious weight decay (arXiv 2510.12402)."""
+    config = rates.config
+    decay = rates.weight_decay
+    momentum = state["momentum"].lerp_(grad, 1 - rates.momentum)
+    u = grad.lerp(momentum, rates.momentum)
+    if config.muon_eq:
         u = u / u.norm(dim=2, keepdim=True).clamp(min=1e-7)
-    x = polar_express(u.to(dtype)).to(p.dtype)
-    if beta2:
-        v.lerp_(x.square().mean(dim=2 if x.shape[1] >= x.shape[2] else 1, keepdim=True), 1 - beta2)
-        scaled = x * v.clamp(min=1e-10).rsqrt()
-        x = scaled * (x.norm(dim=(1, 2), keepdim=True)
-                      / scaled.norm(dim=(1, 2), keepdim=True).clamp(min=1e-10))
-    decay = (x * p >= 0).to(p.dtype) * wd if cautious else wd
-    p -= lr * max(1, x.shape[1] / x.shape[2]) ** 0.5 * (x + decay * p)
+    x = polar_express(u.to(rates.dtype)).to(p.dtype)
+    if config.normuon_beta2:
+        second = x.square().mean(dim=neuron_axis(x), keepdim=True)
+        second = state["second_moment"].lerp_(second, 1 - config.normuon_beta2)
+        scaled = x * second.clamp(min=1e-10).rsqrt()
+        length = scaled.norm(dim=(1, 2), keepdim=True).clamp(min=1e-10)
+        x = scaled * (x.norm(dim=(1, 2), keepdim=True) / length)
+    if config.cautious:
+        decay = (x * p >= 0).to(p.dtype) * decay
+    p -= rates.lr * max(1, x.shape[1] / x.shape[2]) ** 0.5 * (x + decay * p)
 
+def adamw_state(p):
+    return {"first_moment": torch.zeros_like(p), "second_moment": torch.zeros_like(p)}
 
-def adamw_update(p, grad, m, v, step, lr, wd, beta1, beta2):
-    """One step of AdamW (decoupled decay first), in place (p, m, v); `step` counts from 1."""
-    p *= 1 - lr * wd
-    m.lerp_(grad, 1 - beta1)
-    v.lerp_(grad.square(), 1 - beta2)
-    p -= lr / (1 - beta1 ** step) * m / ((v / (1 - beta2 ** step)).sqrt() + 1e-10)
+def adamw_update(p, grad, state, rates):
+    """One step of AdamW (decoupled decay first), in place (p and state)."""
+    beta1, beta2 = rates.betas
+    p *= 1 - rates.lr * rates.weight_decay
+    first = state["first_moment"].lerp_(grad, 1 - beta1)
+    second = state["second_moment"].lerp_(grad.square(), 1 - beta2)
+    root = (second / (1 - beta2 ** rates.step)).sqrt() + rates.config.adam_eps
+    p -= rates.lr / (1 - beta1 ** rates.step) * first / root
 
+# An update in place (p, grad, state, rates), the state that it needs (p -> {name: tensor}), and
+# whether matrices of one shape are one p [n, rows, cols], with states of the same n.
+OptimizerKind = namedtuple("OptimizerKind", "update new_state stacked")
+OPTIMIZERS = {"muon": OptimizerKind(muon_update, muon_state, stacked=True),
+              "adamw": OptimizerKind(adamw_update, adamw_state, stacked=False)}
 
 class ParameterGroup:
-    """Parameters that are updated as one tensor, and this rank's share of their state.
+    """Parameters that one rank, their owner, updates as one; it alone has their state."""
+    def __init__(self, row, named_parameters, owner, rank):
+        self.row = row
+        self.kind = OPTIMIZERS[row.optimizer]
+        self.names = [name for name, _ in named_parameters]
+        self.params = [p for _, p in named_parameters]
+        self.owner = owner
+        self.is_mine = owner == rank
+        self.state = self.new_state() if self.is_mine else {}
 
-    Muon: parameters of one shape, stacked to [n, rows, cols]; a rank owns a slice of the matrices.
-    AdamW: one parameter; a rank owns a slice of its first dimension. Zeros fill up the last share.
-    """
+    def new_state(self):
+        return self.kind.new_state(self.stack(self.params))
 
-    def __init__(self, kind, params, lr, wd, betas, world, rank):
-        self.kind, self.params, self.lr, self.wd, self.betas = kind, params, lr, wd, betas
-        p, length = params[0], len(params) if kind == "muon" else len(params[0])
-        self.share, self.whole = -(-length // world), -(-length // world) * world
-        self.first = rank * self.share
-        self.m = torch.zeros_like(self.slice(params, self.first, self.share))
-        self.v = self.m.clone()
-        if kind == "muon":                      # NorMuon: one number a neuron
-            self.v = self.v.mean(dim=2 if p.shape[0] >= p.shape[1] else 1, keepdim=True)
-
-    def slice(self, tensors, first, count):
-        """`count` matrices (Muon) or rows (AdamW) of `tensors` from `first` on, as one tensor."""
-        if self.kind == "adamw":
-            part = tensors[0][first:first + count]
-        else:
-            part = torch.stack(tensors[first:first + count] or [torch.zeros_like(tensors[0])])
-        missing = count - len(part)
-        return part if not missing else torch.cat((part, part.new_zeros(missing, *part.shape[1:])))
-
+    def stack(self, tensors):
+        """One tensor of those of the parameters."""
+        return torch.stack(tensors) if self.kind.stacked else tensors[0]
 
 class MuonAdamW:
-    """Muon for matrices, AdamW for the rest, sharded over the ranks (in nanochat's three phases).
-
-    Gradients must sum, not average, over ranks to the gradient of the whole batch. Phase 1 starts
-    the reductions of all groups, phase 2 updates each rank's share, phase 3 gathers the parameters.
-    compiled: adamw_update compiled, for matrices (embedding, head): reads and writes them once.
-    ValueError if a parameter is in no group of the table, or in two.
-    """
-
-    def __init__(self, named_parameters, config, world=1, rank=0, dtype=torch.float32, group=None,
-                 compiled=None):
-        self.config, self.world, self.dtype, self.steps, members = config, world, dtype, 0, {}
-        self.process_group, self.compiled = group, compiled
+    """Muon for matrices, AdamW for the rest, shared out over the processes.
+    Gradients must sum, not average, over processes to the gradient of the whole batch. Each
+    group is summed for its owner, updated there, and sent to all."""
+    def __init__(self, named_parameters, config, runtime=Runtime()):
+        self.config = config
+        self.runtime = runtime
+        self.steps = 0
+        self.groups = []
+        table = parameter_table(config)
+        alike = {}              # what is updated alike, and if stacked has one shape
         for name, p in named_parameters:
-            rows = [row for row in parameter_table(config) if re.fullmatch(row[0], name)]
-            if len(rows) != 1:
-                raise ValueError(f"parameter {name} is in {len(rows)} groups of parameter_table")
-            key = (*rows[0][1:], p.shape if rows[0][1] == "muon" else name)
-            members.setdefault(key, []).append(p)
-        self.groups = [ParameterGroup(kind, params, lr, wd, betas, world, rank)
-                       for (kind, lr, wd, betas, _), params in members.items()]
+            row = find_row(table, name)
+            key = (*row[2:], p.shape if OPTIMIZERS[row.optimizer].stacked else name)
+            alike.setdefault(key, (row, []))[1].append((name, p))
+        for row, named in alike.values():
+            for first in range(min(runtime.world_size, len(named))):
+                part = named[first::runtime.world_size]
+                owner = len(self.groups) % runtime.world_size
+                self.groups.append(ParameterGroup(row, part, owner, runtime.rank))
 
     @torch.no_grad()
     def step(self, lr_multiplier=1.0, wd_multiplier=1.0, momentum=None):
         """One update from the parameters' .grad, which it clears."""
-        c, reductions, gathers, self.steps = self.config, [], [], self.steps + 1
-        momentum = c.momentum if momentum is None else momentum
+        self.steps += 1
+        momentum = self.config.momentum if momentum is None else momentum
+        gradients = []
         for group in self.groups:
-            whole = group.slice([p.grad for p in group.params], 0, group.whole)
-            reductions.append(self.scatter(whole, group.share))
+            grad = group.stack([p.grad for p in group.params])
+            self.runtime.reduce(grad, group.owner)
+            gradients.append(grad)
             for p in group.params:
                 p.grad = None
-        if c.grad_clip:
-            for _, handle in reductions:        # once: gloo's second wait brings the sum back
-                handle and handle.wait()
-            reductions = [(grad, None) for grad, _ in reductions]
-            self.clip([grad for grad, _ in reductions], c.grad_clip)
-        for group, (grad, handle) in zip(self.groups, reductions):
-            handle and handle.wait()
-            lr, wd = group.lr * lr_multiplier, group.wd * wd_multiplier
-            share = group.slice(group.params, group.first, group.share)
-            if group.kind == "adamw":
-                numbers, update = (self.steps, lr, wd), adamw_update
-                if self.compiled and share.dim() == 2:      # 0-D: not a graph for each number
-                    numbers, update = map(torch.tensor, map(float, numbers)), self.compiled
-                update(share, grad, group.m, group.v, *numbers, *group.betas)
-            else:
-                muon_update(share, grad, group.m, group.v, lr, wd, momentum, c.normuon_beta2,
-                            c.muon_eq, c.cautious, self.dtype)
-            gathers.append(self.gather(share))
-        for group, (whole, handle) in zip(self.groups, gathers):
-            handle and handle.wait()
-            updated = whole if group.kind == "muon" else [whole[:len(group.params[0])]]
-            for p, new in zip(group.params, updated):
-                p.copy_(new)
+        if self.config.grad_clip:
+            self.clip(gradients)
+        for group, grad in zip(self.groups, gradients):
+            row = group.row
+            p = group.stack(group.params)
+            if group.is_mine:
+                rates = Rates(row.lr * lr_multiplier, row.weight_decay * wd_multiplier,
+                              self.steps, momentum, row.betas, self.config, self.runtime.dtype)
+                group.kind.update(p, grad, group.state, rates)
+            self.runtime.broadcast(p, group.owner)
+            for old, new in zip(group.params, p if group.kind.stacked else [p]):
+                old.copy_(new)
 
-    def clip(self, grads, limit):
-        """Scale the gradients, in place, so that their norm over all ranks is at most `limit`."""
-        square = sum(grad.float().square().sum() for grad in grads)
-        if self.world > 1:
-            dist.all_reduce(square, group=self.process_group)
-        for grad in grads:
-            grad *= (limit / (square.sqrt() + 1e-6)).clamp(max=1)
+    def clip(self, gradients):
+        """Scale gradients, in place, so that the norm of all is at most grad_clip."""
+        square = sum(grad.float().square().sum() * group.is_mine
+                     for group, grad in zip(self.groups, gradients))
+        norm = self.runtime.all_reduce(square).sqrt()
+        for grad in gradients:
+            grad *= (self.config.grad_clip / (norm + 1e-6)).clamp(max=1)
 
-    def scatter(self, whole, share):
-        """(this rank's share of the sum of `whole` over ranks, a handle to wait for or None)."""
-        if self.world == 1:
-            return whole, None
-        part = whole.new_empty(share, *whole.shape[1:])
-        return part, reduce_scatter(part, whole.contiguous(), group=self.process_group,
-                                    async_op=True)
+# ==== Schedules: pure functions of progress, the part of the steps that is done =========
+def base_multiplier(config, progress):
+    """Flat, then ((1 - progress) / warmdown) ** power down to the floor."""
+    left = min(1.0, (1 - progress) / config.lr_warmdown) if config.lr_warmdown else 1.0
+    return config.lr_floor + (1 - config.lr_floor) * left ** config.lr_power
 
-    def gather(self, share):
-        if self.world == 1:
-            return share, None
-        whole = share.new_empty(self.world * len(share), *share.shape[1:])
-        return whole, all_gather(whole, share.contiguous(), group=self.process_group,
-                                 async_op=True)
-
-
-# ==== Schedules: pure functions of progress, the fraction of steps done =========================
-def base_multiplier(c, progress):
-    """Linear warmup, flat, then ((1 - progress) / warmdown) ** power down to the floor."""
-    if progress < c.lr_warmup:
-        return progress / c.lr_warmup
-    left = min(1.0, (1 - progress) / c.lr_warmdown) if c.lr_warmdown else 1.0
-    return c.lr_floor + (1 - c.lr_floor) * left ** c.lr_power
-
-
-def lr_multiplier(c, progress):
-    """base_multiplier; in each of the last sawtooth_epochs a cosine from it down to 0.05."""
-    base, epoch = base_multiplier(c, progress), progress * c.num_epochs
-    if not c.sawtooth_epochs or epoch < c.num_epochs - c.sawtooth_epochs:
+def lr_multiplier(config, progress):
+    """base_multiplier; in each of the last sawtooth_epochs a cosine from it to its floor."""
+    base = base_multiplier(config, progress)
+    epoch = progress * config.num_epochs
+    if not config.sawtooth_epochs or epoch < config.num_epochs - config.sawtooth_epochs:
         return base
-    return 0.05 + (max(base, 0.05) - 0.05) * (1 + math.cos(math.pi * (epoch % 1))) / 2
+    floor = config.sawtooth_floor
+    return floor + (max(base, floor) - floor) * (1 + math.cos(math.pi * (epoch % 1))) / 2
 
+def piecewise_linear(points, progress):
+    """Value at `progress` of points (progress, value); off, (), is 0."""
+    return float(np.interp(progress, *zip(*points))) if points else 0.0
 
-def piecewise_linear(schedule, progress):
-    """Value at `progress` of "progress:value,progress:value,..."; two at one progress: a jump."""
-    x, y = zip(*sorted(parse_schedule(schedule), key=lambda point: point[0]))
-    return float(np.interp(progress, x, y))
-
-
-def momentum_at(c, step):
+def momentum_at(config, step):
     """Muon's momentum rises linearly over the first momentum_steps steps."""
-    done = min(1.0, step / c.momentum_steps) if c.momentum_steps else 1.0
-    return c.momentum_start + (c.momentum - c.momentum_start) * done
+    done = min(1.0, step / config.momentum_steps) if config.momentum_steps else 1.0
+    return config.momentum_start + (config.momentum - config.momentum_start) * done
 
+def perturbation(config, member):
+    """Noise on the weights that a member begins with, in std of each tensor (slowrun #90)."""
+    done = (member - 2) / max(1, config.num_models - 2)
+    cosine = (1 + math.cos(math.pi * done)) / 2
+    return config.perturb_end + (config.perturb_start - config.perturb_end) * cosine
 
-# ==== Evaluation and ensemble ===================================================================
+# ==== Ensemble ==========================================================================
+class OtherMember(NamedTuple):
+    """A member that was not trained here: the n-gram, say, or another run."""
+    logp: dict                      # {split: log p(target) [n]}
+    buckets: dict | None = None     # {split: int [n]}: mixture weights differ by bucket
+
 def mean_loss(logp):
     """Nats per token of log p(target) [n], summed in fp64."""
     return -float(np.mean(logp, dtype=np.float64))
 
-
 def mixture_logp(logps, weights=None):
     """log p(target) of a mixture of models, fp64 [n]: k arrays [n], weights [k] (None: equal).
-
-    A target's probability under a mixture is the mixture of its probabilities, so one float a token
-    and member is all that an ensemble's loss takes. Weights may differ by token: [k, n].
-    """
+    A target's probability under a mixture is the mixture of its probabilities: one float a
+    token and member is all that an ensemble takes. Weights may differ by token: [k, n]."""
     weights = np.full(len(logps), 1 / len(logps)) if weights is None else np.asarray(weights)
     total = np.full(len(logps[0]), -np.inf)
     with np.errstate(divide="ignore"):
@@ -1096,14 +1265,11 @@ def mixture_logp(logps, weights=None):
             np.logaddexp(total, weight + np.asarray(logp, np.float64), out=total)
     return total
 
-
 def fit_mixture(logps, iterations=3000, tolerance=1e-5):
     """Weights [k] of the mixture that makes the targets of logps [k, n] most probable.
-
-    The log likelihood is concave in the weights, and expectation maximization climbs to its top
-    without a learning rate (slowrun #90 descends on the weights' logits instead). It stops when no
-    weights can be better by more than `tolerance` nats a token.
-    """
+    The log likelihood is concave in the weights; expectation maximization climbs to its top
+    without a learning rate (slowrun #90: gradient descent on the weights' logits), and stops
+    when no weights can be better by more than `tolerance` nats a token."""
     p = np.exp(np.asarray(logps, dtype=np.float64) - np.max(logps, axis=0))
     weights = np.full(len(p), 1 / len(p))
     for _ in range(iterations):
@@ -1113,481 +1279,1012 @@ def fit_mixture(logps, iterations=3000, tolerance=1e-5):
         weights = weights * gain
     return weights / weights.sum()
 
+def fit_by_bucket(logps, buckets, num_buckets, weights, prior, iterations=100):
+    """Mixture weights [k, num_buckets], fitted on log p(target) [k, n] and buckets [n].
+    The most probable ones (by expectation maximization) if `weights` [k], those of all tokens,
+    were seen on `prior` tokens of each bucket: a Dirichlet prior."""
+    table = np.repeat(weights[:, None], num_buckets, axis=1)
+    for bucket in np.unique(buckets):
+        p = np.exp(np.asarray(logps, np.float64)[:, buckets == bucket])
+        for _ in range(iterations):
+            w = table[:, bucket]
+            seen = w * (p / (w @ p)).sum(axis=1) + prior * weights
+            table[:, bucket] = seen / (p.shape[1] + prior)
+    return table
 
-def learned_mixture(members, size=0, support=None):
-    """val and holdout losses, and the weights, of the mixture that is fitted on selection.
-
-    members: a list of {split: log p(target)}. size: members kept, the heaviest; 0: all. support:
-    {split: what the n-gram, the last member, knows of each context}: the losses are with weights
-    that depend on it, drawn towards those returned.
-    """
-    logps = {split: [m[split] for m in members] for split in ("selection", "val", "holdout")}
+def learned_mixture(members, config, other=None):
+    """({"val": loss, "holdout": loss}, weights) of the mixture that is fitted on selection.
+    members: a list of {split: log p(target)}; other: an OtherMember that joins them."""
+    logps = {split: [member[split] for member in members] for split in members[0]}
+    if other is not None:
+        logps = {split: [*parts, other.logp[split]] for split, parts in logps.items()}
     weights = fit_mixture(logps["selection"])
-    if 0 < size < len(members):         # as slowrun #90: cut off, then renormalized
-        weights[np.argsort(weights)[:-size]] = 0.0
-        weights /= weights.sum()
-    table, losses = None, []
-    if support:
-        table = weights_by_support(logps["selection"], support["selection"], weights)
-    for split in ("val", "holdout"):
-        by_token = table[:, support[split]] if support else weights
-        losses.append(mean_loss(mixture_logp(logps[split], by_token)))
-    return (*losses, [round(float(w), 4) for w in weights])
+    by_token = dict.fromkeys(logps, weights)
+    if other is not None and other.buckets is not None:
+        num_buckets = 1 + max(int(buckets.max()) for buckets in other.buckets.values())
+        table = fit_by_bucket(logps["selection"], other.buckets["selection"], num_buckets,
+                              weights, config.ngram_prior)
+        by_token = {split: table[:, buckets] for split, buckets in other.buckets.items()}
+    losses = {split: mean_loss(mixture_logp(logps[split], by_token[split]))
+              for split in ("val", "holdout")}
+    return losses, [round(float(w), 4) for w in weights]
 
-
-def kept_members(members, c):
-    """Those of `members`, in the order of training, chain after chain, that the ensemble holds."""
-    return [m for i, m in enumerate(members) if c.include_first or i % c.num_models]
-
-
-def ensemble_curve(members, c, ngram=None, support=None):
-    """One dict for each n: the mixtures of the first n members that the ensemble may hold.
-
-    members: a list of {split: log p(target)} in the order of training; ngram: the same of the
-    count-based member, support: for learned_mixture. Beyond 16 members weights are fitted for
-    powers of two and all only.
-    """
-    kept, numbers = kept_members(members, c), kept_members(range(1, len(members) + 1), c)
+def ensemble_curve(members, config, others=None):
+    """One dict for each n: the losses of the mixtures of the first n members.
+    members: a list of {split: log p(target)} in the order of training; others: {name:
+    OtherMember}, each of which joins the learned mixture. Beyond 16 members weights are fitted
+    for powers of two and all only."""
     curve, sums = [], {}
-    for n, member in enumerate(kept, 1):
-        some, point = kept[:n], {"n": n, "member": numbers[n - 1]}
+    for n, member in enumerate(members, 1):
+        point = {"n": n}
         for split, logp in member.items():
             sums[split] = np.logaddexp(sums.get(split, -np.inf), logp.astype(np.float64))
             point[f"{split}_loss"] = mean_loss(sums[split]) + math.log(n)
-        if "selection" in some[0] and (n <= 16 or n == len(kept) or n & (n - 1) == 0):
-            mixtures = {"learned": (some, c.mixture_size)}
-            if ngram:
-                mixtures["ngram"] = [*some, ngram], c.mixture_size, support
-            for name, mixture in mixtures.items():
-                (point[f"val_loss_{name}"], point[f"holdout_loss_{name}"],
-                 point[f"weights_{name}"]) = learned_mixture(*mixture)
         curve.append(point)
+        if "selection" not in member or (16 < n < len(members) and n & (n - 1)):
+            continue
+        for name, other in {"learned": None, **(others or {})}.items():
+            losses, point[f"weights_{name}"] = learned_mixture(members[:n], config, other)
+            for split, loss in losses.items():
+                point[f"{split}_loss_{name}"] = loss
     return curve
 
+def count_ngram(config, data):
+    """The n-gram of data/ngram.py, counted on the training tokens, as an OtherMember."""
+    from data.ngram import NGram
+    ngram = NGram(np.concatenate(data.train), config.vocab_size, data.bos, config.ngram_order)
+    return OtherMember(*ngram.score({split: np.concatenate(documents)
+                                     for split, documents in data.scored.items()}))
 
-# ==== One member ================================================================================
-class Averages:
-    """What a member can end as besides its last weights; `average` names it.
+# ==== Files: tensors, identity, states ==================================================
+# runs/<id>/run.json: settings and hashes of source and data, which tell what may go on there;
+# lock: held while the run is under way; state.safetensors: what training goes on from; members/:
+# weights of the finished ones, and their log p by split. Tensors come with their SHA-256.
+class Stopped(Exception):
+    """The run was asked to stop, and its state is saved. args: message, exit code."""
 
-    ema: exponential moving average of the weights, of every 10th step, decaying to 0.15 in an
-    epoch. weights, probs: means of the weights, or of the probabilities, at the ends of the last
-    average_epochs epochs; _recency: weighted 1, 2, 3, ... best: the best of all on selection.
-    """
+def write_whole(path, write):
+    """Let `write` fill a file beside `path`, flush it to the disk, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    try:
+        write(beside)
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
-    def __init__(self, c, model, rows):
-        self.c, self.model, self.rows, self.ends = c, model, rows, 0
-        self.params = {name: p.detach() for name, p in model.named_parameters()}    # as they are
-        self.names = [name for name in AVERAGES[:-1] if c.average in (name, "best")]
-        self.sums = {name: [0.0, {}] for name in self.names if name != "last"}  # mass, sums
+def write_json(path, value):
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
-    def add(self, name, values, weight, keep=1.0):
-        mass, sums = self.sums[name]
-        self.sums[name][0] = keep * mass + weight
-        for key, value in values.items():
-            sums[key] = keep * sums.get(key, 0.0) + weight * value
+def digest(tensors, text):
+    """SHA-256 of `text` and of names, dtypes, shapes and bytes of `tensors`."""
+    total = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
 
-    def update(self, step, score):
-        """After each step. score(): {split: log p(target)} of the model as it is."""
-        rows, c = self.rows, self.c
-        if "ema" in self.sums and (step + 1) % 10 == 0:
-            decay = 0.15 ** (10 * rows.batch_rows / rows.rows_per_epoch)
-            self.add("ema", self.params, 1 - decay, decay)
-        end = math.floor(rows.epoch_of(step)) + 1
-        if rows.epoch_of(step + 1) < end or end <= c.num_epochs - c.average_epochs:
-            return
-        self.ends += 1
-        logp = score() if any("probs" in name for name in self.sums) else {}
-        values = {"weights": self.params,
-                  "probs": {split: np.exp(p.astype(np.float64)) for split, p in logp.items()}}
-        for name in set(self.sums) - {"ema"}:
-            kind, _, recency = name.partition("_")
-            self.add(name, values[kind], self.ends if recency else 1)
+def write_tensors(path, tensors, facts):
+    """Write CPU `tensors` {name: tensor} and `facts` (JSON); OSError if it cannot be."""
+    text = json.dumps(facts)
+    metadata = {"facts": text, "sha256": digest(tensors, text)}
+    try:
+        write_whole(path, lambda beside: save_file(tensors, beside, metadata))
+        path.chmod(0o644)       # safetensors lets nobody else read it
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{path} cannot be written ({error})") from None
 
-    def finish(self, score):
-        """(name, {split: log p(target)}) of the choice, whose weights the model gets."""
-        if self.names == ["last"]:
-            return "last", score()
-        last, options = {k: p.clone() for k, p in self.params.items()}, {}
-        for name in self.names:
-            mass, sums = self.sums.get(name, (1.0, last))
-            mean = {key: total / mass for key, total in sums.items()} or last   # nothing averaged
-            if "probs" in name:
-                options[name] = {s: np.log(p).astype(np.float32) for s, p in mean.items()}, last
-            else:
-                self.model.load_state_dict(mean)
-                options[name] = score(), mean
-        best = self.names[0] if len(options) == 1 else min(
-            options, key=lambda name: mean_loss(options[name][0]["selection"]))
-        self.model.load_state_dict(options[best][1])
-        return best, options[best][0]
+def read_tensors(path):
+    """(tensors, facts) of write_tensors. UserError if the file is not whole."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if metadata["sha256"] != digest(tensors, metadata["facts"]):
+            raise ValueError("its SHA-256 is another")
+        return tensors, json.loads(metadata["facts"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from None
 
+def member_path(folder, member, kind=""):
+    """Of a member's weights, or (kind=".logp") of its log p by split."""
+    return folder / "members" / f"{member:03d}{kind}.safetensors"
 
-class Trainer:
-    """The models, compiled functions and clocks that all members of a run share.
+def source_files(config):
+    """{name: path} of all source that computes the run."""
+    ngram = {"data/ngram.py": ROOT / "data/ngram.py"} if config.ngram_order else {}
+    return {"train_gpt.py": Path(__file__), **ngram}
 
-    Weights are copied into one student and one teacher, so another member compiles nothing anew.
-    """
+def claim(config, hashes, is_main):
+    """(folder, whether it had a run, lines on what has changed, the lock to hold on to).
+    UserError, on all processes, if another one is at it or the run was begun otherwise."""
+    answer, lock = [None], None
+    if is_main:
+        now = time.strftime("%Y-%m-%d_%H-%M-%S")
+        name = config.run_id or f"{config.track}_{now}_seed{config.seed}"
+        folder = ROOT / config.runs_dir / name
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w", encoding="utf-8")
+        try:        # the system lets go of it when this process ends, however it ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            answer = [(folder, *identify(config, folder, hashes))]
+        except BlockingIOError:
+            answer = [f"{folder}: this run is under way in another process; wait for it or"
+                      " choose another --run_id"]
+        except UserError as error:
+            answer = [str(error)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    if isinstance(answer[0], str):
+        raise UserError(answer[0])
+    return *answer[0], lock
 
-    def __init__(self, c, rt, log, data):
-        if not c.device_batch_size:
-            c = bench.fit_micro_batch(sys.modules[__name__], c, rt, data, log and log.folder)
-        self.c, self.rt, self.log, self.data = c, rt, log, data
-        self.model = self.new_model()
-        self.teacher = self.new_model().to(rt.dtype).eval() if c.kd_alpha else None
-        fast = lambda f, wanted=True: (
-            torch.compile(f, dynamic=False) if rt.compile and wanted else f)
-        self.forward, self.mtp_hidden = (
-            fast(f, c.compile_model == "whole") for f in (GPT.forward, GPT.mtp_hidden))
-        self.chunk_function, self.logprobs = fast(loss_chunk), fast(target_logprobs)
-        self.adamw = fast(adamw_update) if rt.compile and c.compile_model != "none" else None
-        self.compile_seconds = self.eval_seconds = self.earlier_seconds = 0.0   # earlier launches
-        self.optimizer, self.one = None, torch.ones(1, device=rt.device)
-        self.plan, self.seen = stages(c), set()
-        self.flops = {stage: flops_per_token(c, stage) for stage in self.plan}  # of a token
-        # a teacher's forward is a third of a step; 3 p - 2: all of its passes are forward only
-        last = self.plan[-1]._replace(passes=3 * self.plan[-1].passes - 2)
-        plain = replace(c, mtp_weight=0.0, masked_weight=0.0)
-        self.teacher_flops, self.start = flops_per_token(plain, last) / 3, time.perf_counter()
-        self.chain, self.at, self.keeper = 0, 0, None   # at: steps that the member has done
+def identify(config, folder, hashes):
+    """(whether there is a run, lines on what has changed). UserError if it cannot go on."""
+    path = folder / "run.json"
+    now = {name: as_text(value) for name, value in asdict(config).items() if name not in FREE}
+    now["format"] = str(FORMAT)
+    for name, file in source_files(config).items():
+        now[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    now |= hashes
+    if not path.exists():
+        write_json(path, now)
+        return False, []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before.get("format") != now["format"]:
+        raise UserError(f"{folder}: of another version of this script; choose another --run_id")
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    changes = [f"{name}={now.get(name, 'gone')} (was {before.get(name)})" for name in changed]
+    # members do not depend on how many come after them, unless their plan does
+    is_longer = changed == ["num_models"] and int(before["num_models"]) < config.num_models
+    is_longer = is_longer and not config.continue_members and not config.edge_batch_rows
+    if changes and not is_longer and not config.allow_changed:
+        raise UserError(f"{folder}: its run was begun otherwise: {', '.join(changes)}; undo"
+                        " that, choose another --run_id, or insist with --allow_changed=true")
+    if changes:
+        (folder / "result.json").unlink(missing_ok=True)
+    write_json(path, now)
+    return True, [f"changed   {change}" for change in changes]
 
-    def new_model(self):
-        with self.rt.device:
-            model = GPT(self.c, self.rt.dtype, self.rt.attention)
-        model.bos = self.data.bos
-        if self.c.compile_model == "blocks" and self.rt.compile:    # one graph for like blocks
-            for block in filter(lambda module: isinstance(module, Block), model.modules()):
-                block.compile(dynamic=False)
-        return model
+@contextlib.contextmanager
+def remembered_signals():
+    """Yields a list that SIGTERM and SIGINT are put into; a second one acts at once."""
+    received, before = [], {}
 
-    def new_optimizer(self):
-        return MuonAdamW(self.model.named_parameters(), self.c, self.rt.world, self.rt.rank,
-                         self.rt.dtype, self.rt.group, self.adamw)
+    def remember(number, _):
+        received.append(number)
+        signal.signal(number, before[number])
 
-    def clocks(self):
-        """[compile, evaluation, wall] seconds of the run so far."""
-        return [self.compile_seconds, self.eval_seconds,
-                time.perf_counter() - self.start + self.earlier_seconds]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, remember)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+class States:
+    """The state of a run: when it is due, written in the background, read again."""
+    def __init__(self, log, save_minutes, signals):
+        self.log = log
+        self.signals = signals
+        self.save_seconds = 60 * save_minutes
+        self.path = log.folder / "state.safetensors"
+        self.last = time.monotonic()
+        self.thread = None
 
     def requests(self):
-        return self.keeper.requests() if self.keeper else [0.0, 0.0]
+        """[a state is due, the run is to stop], numbers to be summed over ranks."""
+        is_due = 0 < self.save_seconds <= time.monotonic() - self.last
+        return [float(is_due and self.log.is_main), float(len(self.signals))]
 
-    @contextlib.contextmanager
-    def first_time(self, *key):
-        """Clocks what runs under a new key as compilation; yields whether the key is new."""
-        new = self.rt.compile and key not in self.seen
-        if new:
-            self.rt.synchronize()
-        start = time.perf_counter()
-        yield new
-        if new:
-            self.seen.add(key)
-            self.rt.synchronize()
-            self.compile_seconds += time.perf_counter() - start
+    def save(self, tensors, facts):
+        """Write the state (on the main process) while training goes on."""
+        self.wait()
+        self.last = time.monotonic()
+        if self.log.is_main:
+            self.thread = threading.Thread(target=self.write, args=(tensors, facts))
+            self.thread.start()
 
-    def loss(self, hidden, targets, target_weights=None, teacher=None, alpha=0.0):
-        """ChunkedLoss of hidden [B, T, D], targets [B, T, J]; teacher: its hidden states."""
-        c, teacher_weight = self.c, None
-        if teacher is not None:
-            teacher = teacher.flatten(0, 1)
-            teacher_weight = self.teacher.head.weight.to(self.rt.dtype)
-        weights = self.one if target_weights is None else target_weights
-        return ChunkedLoss.apply(
-            hidden.flatten(0, 1), self.model.head.weight, targets.flatten(0, 1), weights, teacher,
-            teacher_weight, alpha, c.kd_temperature, c.softcap, c.vocab_size, c.loss_chunk,
-            self.chunk_function)
+    def write(self, tensors, facts):
+        try:
+            write_tensors(self.path, tensors, facts)
+        except OSError as error:
+            with contextlib.suppress(OSError):      # a disk too full for the log, too
+                self.log.say(f"warning   state not saved, the one before stays: {error}")
 
-    def backward(self, inputs, targets, counts, progress, distill):
-        """Backward passes of some rows; returns the sums [ce, kl].
+    def wait(self):
+        if self.thread is not None:
+            self.thread.join()
 
-        counts: targets of the whole batch, and of its second next tokens, that the loss is over.
-        """
-        c, rt, model, teacher = self.c, self.rt, self.model, None
-        alpha, sums = c.kd_alpha if distill else 0.0, torch.zeros(2, device=rt.device)
-        schedules = (c.second_weight, c.third_weight)           # of the 2nd and 3rd next token
-        later = [piecewise_linear(s or "0:0", progress) for s in schedules if any(schedules)]
-        weights = torch.tensor([1.0, *later]).to(rt.device) if later else self.one
-        micro = micro_batch_rows(c, rt.world)
-        for clean, y in zip(inputs.split(micro), targets.split(micro)):
-            draw = lambda rate: (clean != model.bos) & (
-                torch.rand(clean.shape, device=clean.device) < rate)
-            x = clean
-            if c.token_noise:           # random tokens in place of some (arXiv 2606.16246)
-                noise = x.flatten()[torch.randint(x.numel(), x.shape, device=x.device)]
-                x = torch.where(draw(c.token_noise) & (noise != model.bos), noise, x)
-            hidden = self.forward(model, x)
-            if distill:
-                with torch.no_grad():
-                    teacher = self.forward(self.teacher, clean)
-            shifted = [F.pad(y[:, j:], (0, j), value=-1) for j in range(1 + len(later))]
-            loss, ce, kl = self.loss(hidden, torch.stack(shifted, dim=2), weights, teacher, alpha)
-            if c.mtp_weight:        # slowrun #65; its targets do not cross the row's end
-                ahead = self.mtp_hidden(model, hidden, x, y.clamp(min=0))
-                second = F.pad(y[:, 1:], (0, 1), value=-1).unsqueeze(2)
-                loss = loss + (1 - alpha) * c.mtp_weight * self.loss(ahead, second)[0] * (
-                    counts[0] / counts[1])
-            if c.masked_weight:     # predict from inputs with holes (arXiv 2606.06888)
-                hidden = self.forward(model, x.masked_fill(draw(c.masked_rate), -1))
-                loss = loss + c.masked_weight * self.loss(hidden, y.unsqueeze(2))[0]
-            (loss / counts[0]).backward()
-            sums += torch.stack((ce, kl)) / counts[0]
-        return sums
+    def load(self):
+        """(tensors, facts), or None if there are none or the file is damaged."""
+        try:
+            return read_tensors(self.path) if self.path.exists() else None
+        except UserError as error:
+            self.log.say(f"warning   {error}; its member is trained from the beginning")
+            return None
+
+def random_state(device):
+    """uint8 [n]: states of torch's generators of this process."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+def set_random_state(state, device):
+    """The reverse. clone: torch misreads a view that does not begin its storage."""
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(state[:size].cpu().clone())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[size:].cpu().clone(), device)
+
+# ==== Log and report ====================================================================
+# Dense bf16 peak of a device, FLOP/s, by whole words of its name: NVIDIA's data sheets.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12,
+              "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "GB200": 2500e12,
+              "A100": 312e12, "L40S": 362e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12}
+
+def hardware_name(device):
+    if device.type == "cuda":
+        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name(device)}"
+    return f"{os.cpu_count()}-core {os.uname().machine.replace('_', '-')} CPU"
+
+def peak_flops(device):
+    """FLOP/s of one device, or None (MFU is n/a): unknown, or a slice or lesser namesake."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peaks = [peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)]
+    return peaks[0] if peaks and not re.search(r"\b(MIG|Laptop|Max-Q|D)\b", name) else None
+
+def peak_memory(device):
+    """Bytes: allocated at most on the GPU, or resident at most in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    units = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * units
+
+class Log:
+    """Console, runs/<id>/log.txt and metrics.jsonl. Only the main process writes."""
+    def __init__(self, folder, is_main, every_seconds):
+        self.folder = folder
+        self.is_main = is_main
+        self.every_seconds = every_seconds
+        self.last = 0.0
+        if is_main:
+            self.text = open(folder / "log.txt", "a", encoding="utf-8")
+            self.numbers = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+
+    def say(self, text, console=True):
+        """A line for log.txt and the console."""
+        if self.is_main:
+            print(text, file=self.text, flush=True)
+            if console:
+                print(text, flush=True)
+
+    def progress(self, text, always=False):
+        """A line for the console, every few seconds."""
+        now = time.monotonic()
+        if self.is_main and (always or now - self.last > self.every_seconds):
+            print(text, flush=True)
+            self.last = now
+
+    def metrics(self, **numbers):
+        """`key:value` pairs for log.txt, a line for metrics.jsonl.
+        A run that was stopped repeats some steps: the last line of a step counts."""
+        if self.is_main:
+            self.say(" ".join(f"{name}:{value:.6g}" for name, value in numbers.items()), False)
+            print(json.dumps(numbers), file=self.numbers, flush=True)
+
+def percent(fraction):
+    return f"{fraction:.1%}" if fraction else "n/a"
+
+def minutes(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+def announce(trainer, data, log, overrides, had_run, changes):
+    """Log what reproduces the run (source, versions, settings); tell what is about to run."""
+    c, runtime = trainer.config, trainer.runtime
+    for name, path in source_files(c).items():
+        if changes or not had_run:
+            source = path.read_text(encoding="utf-8")
+            log.say(f"{source}\n{'=' * 40} end of {name}", console=False)
+    facts = dict(python=sys.version.split()[0], numpy=np.__version__, overrides=overrides,
+                 data_sha256=data.hashes, **run_facts(trainer))
+    for key, value in facts.items():
+        log.say(f"{key}:{json.dumps(value)}", console=False)
+    sets = " ".join(f"{name}={as_text(value)}" for name, value in TRACKS[c.track].items())
+    rows = Rows(data.train, c.seq_len, c.batch_rows, c.num_epochs, 0, 0)
+    scored = [f"{split} {count_tokens(part):,}" for split, part in data.scored.items()]
+    flops = " then ".join(dict.fromkeys(f"{count:.4g}" for count in trainer.flops.values()))
+    sizes = [num_parameters(module) / 1e6 for module in (trainer.model, trainer.model.blocks)]
+    distilled = f", kd_alpha {c.kd_alpha} from member {c.kd_from} on" if c.kd_alpha else ""
+    for line in (
+            f"track     {c.track}: {c.num_models} model(s) x {c.num_epochs} epochs{distilled}",
+            *textwrap.wrap(sets, 95, initial_indent="it sets   ", subsequent_indent=" " * 10),
+            f"data      {c.dataset}: {rows.tokens:,} tokens an epoch in {len(data.train)}"
+            f" documents; {', '.join(scored)}",
+            f"model     {sizes[0]:.4g}M parameters, {sizes[1]:.4g}M of them in {c.num_layers}"
+            f" blocks of width {c.model_dim}; {flops} FLOPs a token",
+            f"steps     {rows.num_steps:,} a member, of {c.batch_rows} rows x {c.seq_len} ="
+            f" {c.batch_rows * c.seq_len:,} tokens; {runtime.world_size} process(es),"
+            f" micro-batches of {trainer.micro_rows} row(s)",
+            f"machine   {hardware_name(runtime.device)}; torch {torch.__version__},"
+            f" {runtime.dtype}, attention {runtime.attention},"
+            f" compile {'on' if runtime.compile else 'off'}",
+            f"folder    {log.folder}", *data.notes, *runtime.notes, *changes, ""):
+        log.say(line)
+
+def equivalent_tokens(loss, curve):
+    """(D, sign): the tokens D at which a baseline curve [[D, loss], ...] reaches `loss`.
+    D is piecewise linear in the loss; points no better than a smaller D are left out. Nothing
+    is extrapolated: beyond the measured range the sign is ">" or "<" and D the range's end."""
+    points = []
+    for tokens, value in sorted(curve):
+        if not points or value < points[-1][1]:
+            points.append((tokens, value))
+    tokens, losses = zip(*points)
+    sign = "<" if loss > losses[0] else ">" if loss < losses[-1] else ""
+    return float(np.interp(-loss, [-value for value in losses], tokens)), sign
+
+def data_efficiency(loss, baseline, train_tokens):
+    """{one_epoch, tuned, curve}: multiples of train_tokens, numbers or strings as "> 12.4"."""
+    result = {"one_epoch": "n/a", "tuned": "n/a", "curve": baseline}
+    for kind in ("one_epoch", "tuned"):
+        if (baseline or {}).get(kind):
+            tokens, sign = equivalent_tokens(loss, baseline[kind])
+            multiple = round(tokens / train_tokens, 2)
+            result[kind] = f"{sign} {multiple}" if sign else multiple
+    return result
+
+def summarize(config, data, members, curve, others):
+    """What result.json says of an ensemble; its val_loss is the declared number.
+    members: a dict each; curve: of ensemble_curve; others: {name: OtherMember} in it."""
+    suffix = "" if config.final_mixture == "uniform" else "_" + config.final_mixture
+    val_loss = curve[-1]["val_loss" + suffix]
+    bytes_per_token = data.bytes_per_token["val"]
+    return {
+        "format": FORMAT, "track": config.track, "final_mixture": config.final_mixture,
+        "val_loss": val_loss, "holdout_loss": curve[-1]["holdout_loss" + suffix],
+        "val_bpb": val_loss / math.log(2) / bytes_per_token if bytes_per_token else None,
+        "data_efficiency": data_efficiency(val_loss, data.meta.get("baseline"),
+                                           config.train_tokens),
+        "members": members, "ensemble": curve,
+        "others": {name: {f"{split}_loss": mean_loss(p) for split, p in other.logp.items()}
+                   for name, other in others.items()},
+        "train_tokens": config.train_tokens, "data_sha256": data.hashes}
+
+def run_facts(trainer):
+    """What log and result.json say of what computes a run."""
+    config, runtime = trainer.config, trainer.runtime
+    return {"seed": config.seed, "processes": runtime.world_size, "torch": torch.__version__,
+            "hardware": hardware_name(runtime.device), "config": asdict(config)}
+
+def run_costs(trainer, members, peak_bytes):
+    """What result.json says of a run's time, speed and memory."""
+    seconds = [member["train_seconds"] for member in members]
+    speeds = [(member["tokens_per_second"], member["mfu"] or 0.0) for member in members]
+    tokens_per_second, mfu = np.average(speeds, axis=0, weights=seconds)
+    clocks = {f"{kind}_seconds": round(value, 3)
+              for kind, value in trainer.clocks.seconds().items()}
+    return {"train_seconds": round(sum(seconds), 3), **clocks, "peak_memory_bytes": peak_bytes,
+            "tokens_per_second": round(tokens_per_second, 1), "mfu": round(mfu, 4) or None,
+            "over_time_limit": 0 < 60 * trainer.config.time_limit < sum(seconds)}
+
+def result_lines(result):
+    """The table of members and ensembles, the declared number and what it cost."""
+    columns = {"ensemble": "val_loss", "learned": "val_loss_learned",
+               **{f"+ {name}": f"val_loss_{name}" for name in result["others"]},
+               "holdout": "holdout_loss"}
+    columns = {name: key for name, key in columns.items() if key in result["ensemble"][0]}
+    header = "".join(f"{name:>10}" for name in columns)
+    lines = [f" n    member{header}  (member n; ensembles of n)"]
+    for member, point in zip(result["members"], result["ensemble"]):
+        losses = "".join(f"  {point.get(key, math.nan):8.4f}" for key in columns.values())
+        lines.append(f"{point['n']:2d}  {member['val_loss']:8.4f}{losses}")
+    bpb = f"{result['val_bpb']:.4f}" if result["val_bpb"] else "n/a"
+    multiples = result["data_efficiency"]
+    times = ", ".join(f"{kind} {minutes(result[f'{kind}_seconds'])}"
+                      for kind in ("train", "compile", "eval", "wall"))
+    over = "; OVER the track's time limit" if result["over_time_limit"] else ""
+    return lines + [
+        "", f"result           val loss {result['val_loss']:.4f} ({result['final_mixture']}"
+        f" mixture), {bpb} bits per byte, holdout {result['holdout_loss']:.4f}",
+        f"data efficiency  {multiples['one_epoch']}x against the one-epoch baseline,"
+        f" {multiples['tuned']}x against the tuned baseline",
+        f"time             {times}{over}",
+        f"speed            {result['tokens_per_second']:,.0f} tokens/s, MFU"
+        f" {percent(result['mfu'])}, peak memory {result['peak_memory_bytes'] / 2 ** 20:,.0f} MiB"]
+
+def read_ranks(folder, meta):
+    """{token: bytes} from the ranks file of a dataset; UserError if there is none."""
+    path = folder / meta.get("ranks", "ranks.tiktoken")
+    try:
+        lines = [line.split() for line in path.read_bytes().splitlines()]
+        return {int(rank): base64.b64decode(token) for token, rank in lines}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no ranks to decode tokens with ({error.args[-1]})") from None
+
+@torch.no_grad()
+def generate(model, tokens, count, temperature=SAMPLE_TEMPERATURE, seed=1):
+    """Continue the list `tokens`, BOS first, by `count` tokens or to the next BOS."""
+    generator = torch.Generator().manual_seed(seed)
+    bos, device = tokens[0], model.wte.weight.device
+    for _ in range(count):
+        context = torch.tensor([tokens[-model.config.seq_len:]], device=device)
+        logits = model.logits(model(context)[:, -1])[0].double().cpu()
+        p = torch.softmax(logits / temperature, dim=0)
+        token = int(torch.multinomial(p, 1, generator=generator))
+        if token == bos:
+            break
+        tokens = [*tokens, token]
+    return tokens
+
+# ==== Training ==========================================================================
+class Clocks:
+    """Seconds of a run, of its compilation and evaluation, beginning with earlier launches'."""
+    def __init__(self, wall=0.0, compile=0.0, eval=0.0):
+        self.start = time.perf_counter() - wall
+        self.eval = eval
+        self.compiled_before = 0.0
+        self.compiled_before = compile - self.seconds()["compile"]
+
+    def seconds(self):
+        compiled = torch._dynamo.utils.calculate_time_spent()["total_wall_time"]
+        return {"wall": time.perf_counter() - self.start,
+                "compile": self.compiled_before + compiled, "eval": self.eval}
+
+    def training(self):
+        seconds = self.seconds()
+        return seconds["wall"] - seconds["compile"] - seconds["eval"]
+
+# What the losses of a step need beside models and tokens: Specs of the student, the LossSpec,
+# the targets and second next targets of the whole batch, over all processes, and the progress.
+StepPlan = namedtuple("StepPlan", "specs loss num_targets num_second progress")
+
+class Trainer:
+    """The models, optimizer and compiled functions that all members of a run share.
+    Weights are copied into one student and one teacher: the next member compiles nothing."""
+    def __init__(self, config, runtime):
+        self.config = config
+        self.runtime = runtime
+        self.clocks = Clocks()
+        self.micro_rows = micro_batch_rows(config, runtime.world_size)
+        with runtime.device:
+            self.model = GPT(config, runtime.dtype, runtime.attention)
+        self.teacher = None
+        if config.kd_alpha:
+            self.teacher = copy.deepcopy(self.model).to(runtime.dtype).eval()
+        self.optimizer = None
+        self.forward = runtime.compiled(GPT.forward, config.compile_model)
+        self.mtp_hidden = runtime.compiled(GPT.mtp_hidden, config.compile_model)
+        self.chunk_function = runtime.compiled(loss_chunk)
+        self.logprobs = runtime.compiled(target_logprobs)
+        self.stages = training_stages(config)
+        self.specs = {stage: self.model.specs(stage) for stage in self.stages}
+        self.last_specs = self.specs[self.stages[-1]]
+        self.flops = {stage: flops_per_token(config, stage) for stage in self.stages}
+        # a teacher's forward is a third of a step; 3 p - 2: all of its passes are forward only
+        last = self.stages[-1]._replace(passes=3 * self.stages[-1].passes - 2)
+        self.teacher_flops = flops_per_token(replace(config, mtp_weight=0), last) / 3
+
+    @torch.no_grad()
+    def start_member(self, number, seed, state=None):
+        """Fresh weights and optimizer, or the last member's, perturbed (slowrun #90).
+        state: of a run that is resumed, with the last member's optimizer if that is done."""
+        self.model.train()
+        config, runtime = self.config, self.runtime
+        is_new = self.optimizer is None or not config.continue_members
+        if is_new:
+            self.optimizer = MuonAdamW(self.model.named_parameters(), config, runtime)
+        if config.continue_members and number > 1:
+            if is_new and state:
+                restore_optimizer(state, self.optimizer)
+            generator = torch.Generator(runtime.device).manual_seed(seed)
+            for p in self.model.parameters():
+                noise = torch.randn(p.shape, generator=generator, device=runtime.device)
+                p += perturbation(config, number) * p.std(correction=0) * noise
+        else:
+            self.model.init_weights(seed)
+        torch.manual_seed(7919 * seed + runtime.rank)       # dropout differs between ranks
 
     def gradients(self, inputs, targets, progress, distill):
-        """Backward passes of this rank's rows of the batch; returns the sums [ce, kl].
+        """Backward passes of this rank's rows of the batch; returns {name: mean over it}.
+        int64 [rows, T]; distill: there is a teacher. The loss is divided by the targets of the
+        whole batch, so gradients add up over ranks."""
+        config, runtime = self.config, self.runtime
+        weights = [1.0]
+        if config.second_weight or config.third_weight:
+            weights.append(piecewise_linear(config.second_weight, progress))
+            weights.append(piecewise_linear(config.third_weight, progress))
+        plan = StepPlan(
+            self.specs[stage_at(self.stages, progress)],
+            LossSpec(torch.tensor(weights, device=runtime.device),
+                     config.kd_alpha if distill else 0.0, config),
+            int((targets >= 0).sum()), max(1, int((targets[:, 1:] >= 0).sum())), progress)
+        inputs = inputs.to(runtime.device)
+        targets = targets.to(runtime.device)
+        if config.meta_lr:
+            return self.meta_gradient(inputs, targets, plan)
+        mine = slice(runtime.rank, None, runtime.world_size)
+        return self.backward(inputs[mine], targets[mine], plan)
 
-        The loss is divided by the targets of the whole batch, so gradients add up over ranks. With
-        the first-order meta-gradient (slowrun #98: -0.012), each virtual rank, 2 * meta_rows rows
-        wherever they are computed, takes half of its gradient a step of norm meta_lr further on.
-        """
-        c, rt = self.c, self.rt
-        counts = int((targets >= 0).sum()), max(1, int((targets[:, 1:] >= 0).sum()))
-        inputs, targets = inputs.to(rt.device), targets.to(rt.device)
-        parts = len(inputs) // (2 * c.meta_rows) if c.meta_lr else rt.world
-        sums = torch.zeros(2, device=rt.device)
-        for part in range(rt.rank, parts, rt.world):
-            x, y = inputs[part::parts], targets[part::parts]
-            if not c.meta_lr:
-                sums += self.backward(x, y, counts, progress, distill)
-                continue
+    def meta_gradient(self, inputs, targets, plan):
+        """First-order meta-gradient (slowrun #98: -0.012); else as `gradients`.
+        Each virtual rank, 2 * meta_rows rows wherever they are computed, takes half of its
+        gradient a step of norm meta_lr further on."""
+        config, runtime = self.config, self.runtime
+        sums = {}
+        half = config.meta_rows
+        decay = base_multiplier(config, plan.progress) if config.meta_decay else 1.0
+        virtual_ranks = len(inputs) // (2 * half)
+        for rank in range(runtime.rank, virtual_ranks, runtime.world_size):
+            x = inputs[rank::virtual_ranks]
+            y = targets[rank::virtual_ranks]
             before = [(p, p.grad) for p in self.model.parameters()]
-            for p, _ in before:
-                p.grad = None
-            sums += self.backward(x[:c.meta_rows], y[:c.meta_rows], counts, progress, distill)
-            size = c.meta_lr * (base_multiplier(c, progress) if c.meta_decay else 1.0)
-            with self.adapted(size):
-                sums += self.backward(x[c.meta_rows:], y[c.meta_rows:], counts, progress, distill)
+            self.model.zero_grad()
+            add_sums(sums, self.backward(x[:half], y[:half], plan))
+            with self.adapted(config.meta_lr * decay):
+                add_sums(sums, self.backward(x[half:], y[half:], plan))
             for p, grad in before:
                 p.grad = p.grad if grad is None else grad.add_(p.grad)
         return sums
 
     @contextlib.contextmanager
+    @torch.no_grad()            # but not what runs within
     def adapted(self, size):
-        """Within: plastic weights are moved against their gradients by a step of norm `size`."""
+        """Within: plastic weights are moved against their gradient, a step of norm `size`."""
         pattern = {"matrices": r"(?!wte|head).*weight", "mlp": r"blocks.*mlp.*weight"}
+        pattern = pattern[self.config.meta_scope]
         plastic = [p for name, p in self.model.named_parameters()
-                   if re.fullmatch(pattern[self.c.meta_scope], name) and p.grad is not None]
+                   if re.fullmatch(pattern, name) and p.grad is not None]
         saved = [p.detach().clone() for p in plastic]
         length = sum(p.grad.square().sum() for p in plastic).sqrt().clamp(min=1e-12)
-        with torch.no_grad():
-            for p in plastic:
-                p -= size / length * p.grad
-        yield
-        with torch.no_grad():
+        for p in plastic:
+            p -= size / length * p.grad
+        try:
+            yield
+        finally:
             for p, value in zip(plastic, saved):
                 p.copy_(value)
 
-    def start_member(self, c, seed, k):
-        """Fresh weights and optimizer, or the last member's, perturbed (slowrun #90)."""
-        rt, model = self.rt, self.model.train()
-        if c.continue_members and k > 1:
-            random = torch.Generator(rt.device).manual_seed(seed)
-            done = (k - 2) / max(1, c.num_models - 2)
-            strength = c.perturb_end + (c.perturb_start - c.perturb_end) * (
-                1 + math.cos(math.pi * done)) / 2
+    def backward(self, inputs, targets, plan):
+        """Backward passes of rows, in micro-batches; returns {name: sum / num_targets}."""
+        sums = {}
+        for x, y in zip(inputs.split(self.micro_rows), targets.split(self.micro_rows)):
+            hidden = self.forward(self.model, x, plan.specs)
+            loss, parts = self.main_loss(hidden, x, y, plan)
+            if self.config.mtp_weight:
+                loss = loss + self.mtp_loss(hidden, y, plan)
+            (loss / plan.num_targets).backward()
+            add_sums(sums, {name: part / plan.num_targets for name, part in parts.items()})
+        return sums
+
+    def main_loss(self, hidden, inputs, targets, plan):
+        """CE of the next token (and of later ones, by the same logits: slowrun #93) and KL.
+        hidden [B, T, D], inputs and targets [B, T]. Returns the loss and {name: sum}."""
+        teacher = None
+        if plan.loss.alpha:         # slowrun #31: -0.085 in the first generation
             with torch.no_grad():
-                for p in model.parameters():
-                    noise = torch.randn(p.shape, generator=random, device=rt.device)
-                    p += strength * p.std(correction=0) * noise
-        else:
-            model.init_weights(seed)
-            self.optimizer = self.new_optimizer()
-        torch.manual_seed(7919 * seed + rt.rank)                # dropout differs between ranks
+                taught = self.forward(self.teacher, inputs, self.last_specs).flatten(0, 1)
+            teacher = (taught, self.teacher.head.weight.to(self.runtime.dtype))
+        ahead = [shift(targets, j) for j in range(len(plan.loss.target_weights))]
+        return self.loss(hidden, torch.stack(ahead, dim=2), plan.loss, teacher)
 
-    def train_member(self, k, chain=0, state=None):
-        """Train member k (from 1) of a chain, taught by the one before, still in self.model.
+    def mtp_loss(self, hidden, targets, plan):
+        """CE of the second next token of a row, by one more block (slowrun #65)."""
+        ahead = self.mtp_hidden(self.model, hidden, targets.clamp(min=0), plan.specs)
+        spec = LossSpec(torch.ones(1, device=targets.device), 0.0, self.config)
+        loss, _ = self.loss(ahead, shift(targets, 1).unsqueeze(2), spec)
+        weight = (1 - plan.loss.alpha) * self.config.mtp_weight
+        return weight * loss * (plan.num_targets / plan.num_second)
 
-        state: of checkpoint.Keeper, from which training goes on. Returns Meter.facts() and
-        {split: log p(target)}; self.model has the member's weights.
-        """
-        rt, distill = self.rt, self.teacher is not None and k >= max(2, self.c.kd_from)
-        c = replace(self.c, num_epochs=self.c.epochs_of(k), batch_rows=self.c.rows_of(k))
-        seed, self.chain = 1000 * c.seed + chain * c.num_models + k, chain
-        if distill:
-            self.teacher.load_state_dict(self.model.state_dict())
-        self.start_member(c, seed, k)
-        rows = Rows(member_documents(self.data.train, c.subset_fraction, seed), c.seq_len,
-                    c.batch_rows, c.num_epochs, seed, self.data.bos, c.shuffle)
-        flops = {s: count + distill * self.teacher_flops for s, count in self.flops.items()}
-        meter, averages = report.Meter(self, k, rows, flops), Averages(c, self.model, rows)
-        first = checkpoint.restore(self, state, meter, averages) if state else 0
-        for step in range(first, rows.num_steps):
-            progress = step / rows.num_steps
-            lr = lr_multiplier(c, progress)
-            stage = [stage for stage in self.plan if stage.start <= progress][-1]
-            if stage != self.model.stage:
-                self.model.prepare(c.seq_len, stage)
-            inputs, targets = rows.step(step)
-            with self.first_time("step", stage, distill) as new:
-                sums = self.gradients(inputs, targets, progress, distill)
-                if checkpoint.is_finite(self, sums, meter, rows, step):
-                    self.optimizer.step(lr, piecewise_linear(c.wd_schedule, progress),
-                                        momentum_at(c, step))
-            due, stop = meter.update(step, sums, stage, lr, new)
-            averages.update(step, self.score_splits)
-            if self.keeper and (due or stop or step + 1 == rows.num_steps):
-                self.keeper.save(k, step + 1, meter, averages, stop)
-        rt.synchronize()
-        facts = meter.facts()
-        facts["average"], scores = averages.finish(self.score_splits)
-        return facts, scores
+    def loss(self, hidden, targets, spec, teacher=None):
+        """chunked_loss of the student's hidden states [B, T, D] and targets [B, T, J]."""
+        return chunked_loss(hidden.flatten(0, 1), self.model.head.weight,
+                            targets.flatten(0, 1), teacher, spec, self.chunk_function)
 
-    def score_splits(self):
-        """{split: log p(target)} of self.model as it is, in its last stage."""
-        stage = self.model.stage
-        self.model.eval().prepare(self.c.seq_len)
-        scores = {split: self.score(part) for split, part in self.data.evaluated().items()}
-        self.model.train().prepare(self.c.seq_len, stage)
+    def score_splits(self, data):
+        """{split: log p(target)} of the model as it is, in its last stage."""
+        self.runtime.synchronize()
+        start = self.clocks.training()
+        self.model.eval()
+        scores = {split: self.score(np.concatenate(documents).astype(np.int64), data.bos)
+                  for split, documents in data.scored.items()}
+        self.model.train()
+        self.clocks.eval += self.clocks.training() - start
         return scores
 
     @torch.no_grad()
-    def score(self, documents):
-        """log p(target) of all tokens but the first of `documents`, laid end to end: fp32 [n - 1].
-
-        Rows overlap by one token, so that each is scored exactly once, whatever the world size.
-        """
-        c, rt, _ = self.c, self.rt, self.rt.synchronize()
-        start = time.perf_counter() - self.compile_seconds
-        tokens, size = np.concatenate(documents).astype(np.int64), c.device_batch_size
-        count = -(-(len(tokens) - 1) // c.seq_len)
-        share = -(-count // (rt.world * size)) * size           # rows of each rank
-        padded = np.full(rt.world * share * c.seq_len + 1, self.data.bos)
+    def score(self, tokens, bos):
+        """log p(target) of all but the first of int64 `tokens` [n]: fp32 [n - 1].
+        Rows overlap by one token: each is scored exactly once, whatever the world size."""
+        config, runtime = self.config, self.runtime
+        size = config.device_batch_size
+        count = math.ceil((len(tokens) - 1) / config.seq_len)
+        share = math.ceil(count / (runtime.world_size * size)) * size       # rows of each rank
+        padded = np.full(runtime.world_size * share * config.seq_len + 1, bos)
         padded[:len(tokens)] = tokens
-        inputs = torch.from_numpy(padded[:-1]).view(-1, c.seq_len)
-        targets = torch.from_numpy(padded[1:]).view(-1, c.seq_len)
-        weight, parts = self.model.head.weight.to(rt.dtype), []
-        for row in range(rt.rank * share, (rt.rank + 1) * share, size):
-            x, y = (t[row:row + size].to(rt.device) for t in (inputs, targets))
-            with self.first_time("score"):
-                hidden = self.forward(self.model, x).flatten(0, 1)
-                for h, t in zip(hidden.split(c.loss_chunk), y.flatten().split(c.loss_chunk)):
-                    parts.append(self.logprobs(h, weight, t, c.softcap, c.vocab_size))
-        logp = rt.gather(torch.cat(parts)).cpu().numpy().astype(np.float32)[:len(tokens) - 1]
-        self.eval_seconds += time.perf_counter() - self.compile_seconds - start
-        return logp
+        inputs = torch.from_numpy(padded[:-1]).view(-1, config.seq_len)
+        targets = torch.from_numpy(padded[1:]).view(-1, config.seq_len)
+        parts = []
+        weight = self.model.head.weight.to(runtime.dtype)
+        for row in range(runtime.rank * share, (runtime.rank + 1) * share, size):
+            x = inputs[row:row + size].to(runtime.device)
+            y = targets[row:row + size].to(runtime.device).flatten()
+            hidden = self.forward(self.model, x, self.last_specs).flatten(0, 1)
+            for h, t in zip(hidden.split(config.loss_chunk), y.split(config.loss_chunk)):
+                parts.append(self.logprobs(h, weight, t, config.softcap, config.vocab_size))
+        logp = runtime.all_gather(torch.cat(parts)).cpu().numpy().astype(np.float32)
+        return logp[:len(tokens) - 1]
 
+def shift(targets, ahead):
+    """targets [B, T] of the token `ahead` later, -1 where the row has none."""
+    return F.pad(targets[:, ahead:], (0, ahead), value=-1)
 
-# ==== The run ===================================================================================
-def micro_batch_rows(c, world):
+def micro_batch_rows(config, world_size):
     """Rows of a micro-batch. UserError if the batch cannot be shared out evenly."""
-    if c.meta_lr:
-        unit, micro = world * 2 * c.meta_rows, max(1, min(c.device_batch_size, c.meta_rows))
+    unit = world_size * (2 * config.meta_rows if config.meta_lr else 1)
+    for name in ("batch_rows", "edge_batch_rows"):
+        rows = getattr(config, name)
+        if rows % unit:
+            raise UserError(f"--{name}={rows} must be a multiple of {unit} with {world_size}"
+                            f" process(es): {max(1, round(rows / unit)) * unit} is")
+    most = config.meta_rows if config.meta_lr else config.batch_rows // world_size
+    return min(config.device_batch_size, most)
+
+class Member:
+    """What one member's training holds beside weights, optimizer and random generators."""
+    counters = ("number", "step", "train_loss", "flops", "ends")    # that a state keeps
+
+    def __init__(self, number, trainer, data):
+        config = trainer.config
+        self.number = number
+        self.seed = 1000 * config.seed + number
+        self.distill = trainer.teacher is not None and number >= max(2, config.kd_from)
+        count = max(1, round(config.subset_fraction * len(data.train)))
+        subset = np.random.default_rng((self.seed, 1)).permutation(len(data.train))[:count]
+        self.rows = Rows([data.train[i] for i in sorted(subset)], config.seq_len,
+                         config.rows_of(number), config.num_epochs, self.seed, data.bos)
+        self.start = trainer.clocks.training()
+        self.step = 0               # steps that are done
+        self.flops = 0.0            # of these
+        self.recent = []            # {name: mean loss} of the steps since the last reading
+        self.train_loss = math.nan  # of the last reading
+        self.ends = 0               # ends of epochs that are averaged
+        self.average = {}           # sum of what is averaged
+
+    def check_finite(self, what, value):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"member {self.number}, step {self.step}: {what} is not"
+                                     " finite; lower --matrix_lr, --embed_lr or --head_lr")
+
+def train_member(number, trainer, data, log, states=None, state=None):
+    """Train member `number` (from 1), taught by the one before, still in trainer.model.
+    state: of States, to go on from if it is of this member. Returns its facts and {split:
+    log p(target)}; trainer.model then has its weights."""
+    config = trainer.config
+    member = Member(number, trainer, data)
+    rows = member.rows
+    if member.distill:
+        trainer.teacher.load_state_dict(trainer.model.state_dict())
+    trainer.start_member(number, member.seed, state)
+    if state and state[1]["number"] == number:
+        restore_state(state, trainer, member)
+        log.say(f"resumed   member {number} after step {member.step}")
+    while member.step < rows.num_steps:
+        epochs = math.floor(rows.epoch_of(member.step))
+        train_step(trainer, member, log)
+        is_last = member.step == rows.num_steps
+        is_due = is_stopped = False
+        if is_last or member.step % config.log_steps == 0:
+            is_due, is_stopped = read_losses(trainer, member, log, states)
+        averaged_from = config.num_epochs - config.average_epochs
+        if math.floor(rows.epoch_of(member.step)) > max(epochs, averaged_from):
+            add_to_average(trainer, member, data)
+        if states and (is_last or is_due or is_stopped):
+            states.save(*collect_state(trainer, member))
+        if is_stopped:
+            states.wait()
+            raise Stopped(f"stopped   member {number} after step {member.step}; the same"
+                          f" command goes on, with --run_id={log.folder.name}",
+                          128 + (states.signals or [signal.SIGTERM])[0])
+    trainer.runtime.synchronize()
+    facts = member_facts(trainer, member)
+    scores = final_scores(trainer, member, data)
+    return facts | {f"{split}_loss": mean_loss(logp) for split, logp in scores.items()}, scores
+
+def train_step(trainer, member, log):
+    """One step of the optimizer."""
+    config, rows = trainer.config, member.rows
+    progress = member.step / rows.num_steps
+    member.recent.append(gradients_that_fit(trainer, member, log, progress))
+    trainer.optimizer.step(lr_multiplier(config, progress),
+                           piecewise_linear(config.wd_schedule, progress),
+                           momentum_at(config, member.step))
+    flops = trainer.flops[stage_at(trainer.stages, progress)]
+    flops += member.distill * trainer.teacher_flops
+    member.flops += flops * rows.batch_rows * rows.seq_len
+    member.step += 1
+
+def gradients_that_fit(trainer, member, log, progress):
+    """Trainer.gradients, in micro-batches that are halved for good when memory runs out."""
+    inputs, targets = member.rows.step(member.step)
+    while True:
+        try:
+            return trainer.gradients(inputs, targets, progress, member.distill)
+        except torch.OutOfMemoryError:
+            if trainer.micro_rows == 1:
+                raise
+        trainer.micro_rows //= 2    # once more, when the error has let go of its tensors
+        log.say(f"memory    ran out in member {member.number}, step {member.step + 1}: from"
+                f" here on micro-batches of {trainer.micro_rows} row(s)")
+        trainer.model.zero_grad()
+
+def member_facts(trainer, member):
+    """Seconds of training, tokens/s and MFU (None: unknown peak) of all devices."""
+    seconds = max(1e-9, trainer.clocks.training() - member.start)
+    tokens = member.step * member.rows.batch_rows * member.rows.seq_len
+    peak = peak_flops(trainer.runtime.device)
+    mfu = member.flops / seconds / peak / trainer.runtime.world_size if peak else None
+    return {"train_loss": member.train_loss, "train_seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens / seconds, 1), "mfu": mfu and round(mfu, 4)}
+
+def read_losses(trainer, member, log, states):
+    """Read the losses of the last steps (which waits for the device); log them, and progress.
+    Returns whether a state is due and whether to stop, alike on all processes."""
+    config, runtime, rows = trainer.config, trainer.runtime, member.rows
+    names = list(member.recent[0])
+    means = torch.stack([torch.stack([sums[name] for name in names])
+                         for sums in member.recent]).mean(dim=0)
+    requests = torch.tensor(states.requests() if states else [0.0, 0.0], device=runtime.device)
+    *means, is_due, is_stopped = runtime.all_reduce(torch.cat((means, requests))).tolist()
+    losses = dict(zip(names, means))
+    member.recent = []
+    member.train_loss = losses["train_loss"]
+    member.check_finite("the loss", member.train_loss)
+    facts = member_facts(trainer, member)
+    epoch = min(rows.epoch_of(member.step), config.num_epochs)
+    log.metrics(member=member.number, step=member.step, epoch=round(epoch, 3), **losses,
+                lr_multiplier=lr_multiplier(config, (member.step - 1) / rows.num_steps),
+                tokens_per_second=facts["tokens_per_second"],
+                seconds=round(trainer.clocks.seconds()["wall"], 3))
+    a_step = facts["train_seconds"] / member.step
+    left = a_step * (rows.num_steps - member.step)
+    later = a_step * rows.num_steps * (config.num_models - member.number)
+    kl = f"  kl {losses['kl']:.3f}" if losses["kl"] else ""
+    log.progress(
+        f"member {member.number}/{config.num_models}  step {member.step}/{rows.num_steps} "
+        f" epoch {epoch:.1f}/{config.num_epochs}  loss {member.train_loss:.3f}{kl} "
+        f" {facts['tokens_per_second']:,.0f} tok/s  MFU {percent(facts['mfu'])}  left"
+        f" {minutes(left)}, run {minutes(left + later)}", always=member.step == rows.num_steps)
+    return is_due, is_stopped
+
+def add_to_average(trainer, member, data):
+    """At the end of one of the last epochs: add weights, or probabilities of the targets."""
+    values = {}
+    if trainer.config.average == "weights":
+        values = {name: p.detach().cpu() for name, p in trainer.model.named_parameters()}
+    elif trainer.config.average == "probs":
+        values = {split: torch.from_numpy(logp).double().exp()
+                  for split, logp in trainer.score_splits(data).items()}
+    member.ends += 1
+    weight = member.ends if trainer.config.average_recency else 1
+    add_sums(member.average, {name: weight * value for name, value in values.items()})
+
+def final_scores(trainer, member, data):
+    """{split: log p(target)} of what the member ends as; the model gets averaged weights."""
+    total = member.ends
+    if trainer.config.average_recency:
+        total = total * (total + 1) // 2
+    means = {name: value / total for name, value in member.average.items()}
+    if trainer.config.average == "probs":
+        return {split: p.log().float().numpy() for split, p in means.items()}
+    if trainer.config.average == "weights":
+        trainer.model.load_state_dict(means)
+    return trainer.score_splits(data)
+
+def collect_state(trainer, member):
+    """(tensors on the CPU, facts) that a member's training goes on from, of all processes."""
+    runtime, optimizer = trainer.runtime, trainer.optimizer
+    tensors = {f"model.{name}": p.detach() for name, p in trainer.model.named_parameters()}
+    member.check_finite("a weight", float(sum(p.sum() for p in tensors.values())))
+    tensors |= {f"average.{name}": value for name, value in member.average.items()}
+    random = random_state(runtime.device).unsqueeze(0).to(runtime.device)
+    tensors["random"] = runtime.all_gather(random)
+    for group in optimizer.groups:
+        for kind, state in (group.state or group.new_state()).items():
+            runtime.broadcast(state, group.owner)
+            for name, part in zip(group.names, state if group.kind.stacked else [state]):
+                tensors[f"{kind}.{name}"] = part
+    if runtime.is_main:
+        tensors = {name: tensor.to("cpu", copy=True).contiguous()
+                   for name, tensor in tensors.items()}
+    facts = {"format": FORMAT, **{name: getattr(member, name) for name in member.counters},
+             "world_size": runtime.world_size, "optimizer_steps": optimizer.steps,
+             "clocks": trainer.clocks.seconds(),
+             "seconds": trainer.clocks.training() - member.start}
+    return tensors, facts
+
+def restore_state(state, trainer, member):
+    """Put a state of collect_state into trainer and member."""
+    tensors, facts = state
+    runtime, device = trainer.runtime, trainer.runtime.device
+    trainer.model.load_state_dict(named("model.", tensors))
+    restore_optimizer(state, trainer.optimizer)
+    for name in member.counters:
+        setattr(member, name, facts[name])
+    member.average = named("average.", tensors)
+    trainer.clocks = Clocks(**facts["clocks"])
+    member.start = trainer.clocks.training() - facts["seconds"]
+    if facts["world_size"] == runtime.world_size:
+        set_random_state(tensors["random"][runtime.rank], device)
     else:
-        fewest = min(rows for rows in (c.batch_rows, c.edge_batch_rows) if rows)
-        micro = max(1, min(c.device_batch_size, fewest // world))
-        unit = world * micro
-    parts = f"2 x {c.meta_rows} rows of --meta_rows" if c.meta_lr else (
-        f"{micro} rows of --device_batch_size")
-    refuse([(rows % unit, f"--{name}={rows} is not divisible by {world} process(es) x {parts};"
-             f" the nearest that is: {max(1, round(rows / unit)) * unit}")
-            for name in ("batch_rows", "edge_batch_rows") for rows in [getattr(c, name)]]
-           + [(c.meta_lr and c.meta_rows % micro, f"--device_batch_size={micro} does not divide"
-               f" --meta_rows={c.meta_rows}")])
-    return micro
+        torch.manual_seed(7919 * (1000 * member.number + member.step) + runtime.rank)
 
+def restore_optimizer(state, optimizer):
+    """Put the optimizer's part of a state into it."""
+    tensors, facts = state
+    optimizer.steps = facts["optimizer_steps"]
+    for group in optimizer.groups:
+        for kind, state in group.state.items():
+            state.copy_(group.stack([tensors[f"{kind}.{name}"] for name in group.names]))
 
-def train_chain(trainer, chain, signals):
-    """Train the members of one chain that are not finished; returns (their facts, their scores)."""
-    c, rt, log, members, scores = trainer.c, trainer.rt, trainer.log, [], []
-    trainer.keeper = keeper = checkpoint.Keeper(trainer, chain, signals)
-    first = chain * c.num_models            # members before this chain's
-    state, ready = keeper.load(), True      # ready: the member before is in trainer.model
-    for k in range(1, c.num_models + 1):
-        done = keeper.finished(first + k)
-        if done is None:
-            if not ready:
-                keeper.load_weights(first + k - 1, state, k - 1)
-            with keeper.blame(k):
-                facts, logp = trainer.train_member(k, chain, keeper.of(state, k))
-            facts |= {f"{split}_loss": mean_loss(p) for split, p in logp.items()}
-            keeper.save_member(first + k, logp, facts)
+def named(prefix, tensors):
+    """{rest of the name: tensor} of those whose names begin with `prefix`."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+            if name.startswith(prefix)}
+
+# ==== The run ===========================================================================
+def train_members(trainer, data, log, states):
+    """Train the members that are not finished; returns their facts and (main) their scores."""
+    config = trainer.config
+    state = states.load()
+    members, scores = [], []
+    for number in range(1, config.num_models + 1):
+        finished = load_finished(number, trainer, log)      # into trainer.model, too
+        if finished:
+            facts, logp = finished
+            trainer.clocks = Clocks(**facts["clocks"])
         else:
-            facts, logp = done
-        ready = done is None
+            facts, logp = train_member(number, trainer, data, log, states, state)
+            facts["clocks"] = trainer.clocks.seconds()
         members.append(facts)
-        if rt.rank:             # one process of a chain writes, and holds all scores
-            continue
-        scores.append(logp)
-        curve = ensemble_curve([{"val": member["val"]} for member in scores], c)
-        single, mixed = facts["val_loss"], curve[-1]["val_loss"] if curve else float("nan")
-        log.metrics(chain=chain, member=k, val_loss=single, ensemble=len(curve),
-                    ensemble_val_loss=mixed)
-        log.say(f"member {k}/{c.num_models} {'done' if ready else 'was done'} in"
-                f" {report.minutes(facts['train_seconds'])}: val loss {single:.4f}, ensemble of"
-                f" {len(curve)}: {mixed:.4f}")
+        if log.is_main:
+            scores.append(logp)
+            mixed = mean_loss(mixture_logp([score["val"] for score in scores]))
+            if not finished:
+                log.metrics(member=number, val_loss=facts["val_loss"], ensemble_val_loss=mixed)
+                states.wait()       # the next member may need its last state and its files
+                save_member(number, trainer, log.folder, facts, logp)
+            done = "was done" if finished else "done"
+            log.say(f"member {number}/{config.num_models} {done} in"
+                    f" {minutes(facts['train_seconds'])}: val loss {facts['val_loss']:.4f},"
+                    f" ensemble of {number}: {mixed:.4f}")
     return members, scores
 
+def save_member(number, trainer, folder, facts, logp):
+    """Write a member's weights, then its scores: with these it is finished."""
+    weights = {name: p.detach().cpu().contiguous()
+               for name, p in trainer.model.named_parameters()}
+    write_tensors(member_path(folder, number), weights, {})
+    write_tensors(member_path(folder, number, ".logp"),
+                  {split: torch.from_numpy(p) for split, p in logp.items()}, facts)
 
-def run(c, overrides):
-    """Train the members, write the run's folder, print the table; returns the result on rank 0."""
-    start, rt = time.perf_counter(), start_runtime(c)
-    micro_batch_rows(c, rt.world)
-    data = load_dataset(ROOT / c.dataset, c)
-    claimed = checkpoint.claim(c, report.run_folder(c), data.hashes, rt.is_main)
-    folder, began, changes, lock = claimed
-    if (folder / "result.json").exists() and not changes:
-        return report.show_finished(sys.modules[__name__], folder, rt.is_main)
-    log = report.Log(folder, rt.is_main, c.log_seconds)
-    trainer, ngram, support = Trainer(c, rt, log, data), None, None
-    if c.ngram_order and rt.is_main:
-        ngram, support = NGram(
-            np.concatenate(data.train), c.vocab_size, data.bos, c.ngram_order).score(data)
-    rows = Rows(data.train, c.seq_len, c.batch_rows, c.num_epochs, c.seed, data.bos)
-    report.announce(trainer, overrides, rows, micro_batch_rows(trainer.c, rt.world), not began,
-                    changes)
-    with checkpoint.Signals() as signals:
-        parts = [train_chain(trainer, chain, signals) for chain in rt.chains]
-    trainer.keeper.end()
-    if rt.across is not None:   # the chains of other processes
-        mine, parts = parts[0], [([], [])] * c.num_chains
-        dist.gather_object(mine, None if rt.chains[0] else parts, group=rt.across, group_dst=0)
-    members, scores = (sum(lists, []) for lists in zip(*parts))
-    memory = rt.gather(torch.tensor([report.peak_memory(rt.device)], device=rt.device),
-                       dist.group.WORLD)
-    result = None
-    if rt.is_main:
-        curve = ensemble_curve(scores, c, ngram, support if c.ngram_support else None)
-        alone = {f"{split}_loss": mean_loss(p) for split, p in (ngram or {}).items()}
-        result = report.summarize(trainer, members, curve, alone, memory, overrides, start)
-        plot.plot_progress(result, folder / "progress.png")
-        for line in report.closing_lines(sys.modules[__name__], c, rt, data, folder, result):
+def load_finished(number, trainer, log):
+    """(facts, {split: log p}) of a member that is finished and whole, else None."""
+    paths = [member_path(log.folder, number, kind) for kind in ("", ".logp")]
+    if not all(path.exists() for path in paths):
+        return None
+    try:
+        weights, _ = read_tensors(paths[0])
+        logp, facts = read_tensors(paths[1])
+    except UserError as error:
+        log.say(f"warning   {error}; the member is trained again")
+        return None
+    trainer.model.load_state_dict(weights)
+    return facts, {split: values.numpy() for split, values in logp.items()}
+
+def run(config, overrides):
+    """Train the members, write the run's folder; returns the result on the main process."""
+    runtime = start_runtime(config)
+    micro_batch_rows(config, runtime.world_size)
+    data = load_dataset(ROOT / config.dataset, config)
+    folder, had_run, changes, lock = claim(config, data.hashes, runtime.is_main)
+    log = Log(folder, runtime.is_main, config.log_seconds)
+    path = folder / "result.json"
+    result, others = None, {}
+    if path.exists():
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if runtime.is_main:
+            print("\n".join([f"{folder}: this run is finished", "", *result_lines(result)]))
+        return result
+    trainer = Trainer(config, runtime)
+    if config.ngram_order and runtime.is_main:
+        others["ngram"] = count_ngram(config, data)
+    announce(trainer, data, log, overrides, had_run, changes)
+    with remembered_signals() as signals:
+        states = States(log, config.save_minutes, signals)
+        members, scores = train_members(trainer, data, log, states)
+    memory = torch.tensor([peak_memory(runtime.device)], device=runtime.device)
+    memory = int(runtime.all_gather(memory).max())
+    if runtime.is_main:
+        curve = ensemble_curve(scores, config, others)
+        result = {**summarize(config, data, members, curve, others), "overrides": overrides,
+                  **run_costs(trainer, members, memory), **run_facts(trainer)}
+        for line in ("", *result_lines(result), f"folder           {folder}",
+                     *closing_sample(trainer, data, folder, members)):
             log.say(line)
         log.say("RESULT " + json.dumps(result), console=False)
-        write_json(folder / "result.json", result)      # with it the run is finished
-        shutil.rmtree(folder / "states", ignore_errors=True)
+        write_json(path, result)            # with it the run is finished
+        states.path.unlink(missing_ok=True)
         lock.close()
-    wait_for_first()
     return result
 
+def closing_sample(trainer, data, folder, members, count=120):
+    """Text of the member that is best on selection (on train if there is none), as lines."""
+    key = "selection_loss" if "selection" in data.scored else "train_loss"
+    best = min(range(len(members)), key=lambda i: members[i][key]) + 1
+    try:
+        ranks = read_ranks(data.folder, data.meta)
+    except UserError as error:
+        return ["", f"no sample: {error}"]
+    trainer.model.load_state_dict(read_tensors(member_path(folder, best))[0])
+    trainer.model.eval().attention = "sdpa"     # which takes rows of any length
+    tokens = generate(trainer.model, [data.bos], count)
+    text = b"".join(ranks.get(token, b"") for token in tokens[1:]).decode("utf-8", "ignore")
+    return ["", f"member {best} writes (temperature {SAMPLE_TEMPERATURE}):", "",
+            *textwrap.wrap(text, 95, initial_indent="  ", subsequent_indent="  ")]
 
-# ==== Commands beyond training ==================================================================
-def dispatch(argv):
-    command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
-    known(command, ("train", "baseline", "sample", "check", "bench"), "command")
-    if {"--help", "-h"} & set(argv):
-        return print(help_text(__doc__, fields(Config), TRACKS))
-    arguments = parse_arguments(argv)
-    c = make_config(**arguments)
-    overrides = {name: getattr(c, name) for name in arguments if name != "track"}
-    if command == "train":
-        run(c, overrides)
-    elif command in ("baseline", "bench"):
-        measure = baseline.measure_baseline if command == "baseline" else bench.bench
-        measure(sys.modules[__name__], c, overrides)
-    elif command == "sample":
-        report.sample(sys.modules[__name__], c)
-    else:
-        micro_batch_rows(c, chain_processes(c, launched()[2]))
-        load_dataset(ROOT / c.dataset, c)
-        print(f"track {c.track}: settings and dataset {c.dataset} are sound")
-
+def report_error(error):
+    """Say an error to a person; returns the exit code, or None if it is a defect of ours.
+    128 + a signal that stopped the run; 2: what a person can mend, in one line of stderr. Of
+    many processes the first one speaks, unless only this one can know."""
+    code, rank = 2, os.environ.get("RANK", "0")
+    message = "error: " + " ".join(str(error).split())
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        message, code = error.args or ("stopped at once; what was saved last goes on", 130)
+    elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate mem" in message:
+        message = "error: out of memory; lower --device_batch_size, then --loss_chunk"
+    elif "loading state_dict" in message:       # after --allow_changed
+        message = "error: the run's files are of another model; choose another --run_id"
+    elif isinstance(error, RuntimeError) and "WORLD_SIZE" in os.environ and re.search(
+            r"gloo|NCCL|Connection (closed|reset)|[Tt]imed out|timeout|peer", message):
+        message = (f"error: rank {rank} lost another process or waited for it too long; start"
+                   f" the same command again ({message[7:160]})")
+    elif not isinstance(error, (UserError, OSError, FloatingPointError)):
+        return None
+    if rank == "0" or not isinstance(error, (UserError, Stopped, KeyboardInterrupt)):
+        print(message, file=sys.stderr)
+    return code
 
 def main(argv=None):
-    """Run a command; returns the exit code: 0, 2 for what a person can mend, 128 + a signal."""
+    """Run a command; returns the exit code: 0, 2 (a person can mend it), 128 + a signal."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        dispatch(list(sys.argv[1:] if argv is None else argv))
+        command = "train"
+        if arguments and not arguments[0].startswith("-"):
+            command = arguments.pop(0)
+            check_name(command, ("train", "check"), "command")
+        values = parse_arguments(arguments)
+        processes, track = plan_launch(values.get("device", "auto"))
+        config = make_config(values.pop("track", track), **values)
+        if command == "train":
+            run(config, {name: getattr(config, name) for name in values})
+            if dist.is_initialized():
+                dist.barrier()      # the main process mixes and writes for all
+        else:                   # what run.sh asks before it launches
+            print(f"track {config.track}, processes {processes}")
+            micro_batch_rows(config, processes)
+            load_dataset(ROOT / config.dataset, config)
+            print("settings and data are sound")
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        code = report.tell(error)
+        code = report_error(error)
         if code is None:        # a defect: its traceback is wanted
             raise
         return code
@@ -1595,6 +2292,9 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
 
-
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if "WORLD_SIZE" in os.environ:      # Python's own end may be aborted by threads of gloo
+        sys.stdout.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)

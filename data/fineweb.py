@@ -11,6 +11,7 @@ begins with the first document after the one that the end of the split before it
 cut document is in no split. Run again, an interrupted download goes on where it stopped.
 """
 import argparse
+import base64
 import hashlib
 import itertools
 import json
@@ -29,6 +30,9 @@ REPO = "kjj0/fineweb10B-gpt2"
 FILES = "fineweb_val_000000.bin", "fineweb_train_000001.bin"  # consecutive pieces of one stream
 SPLITS = "val", "train", "holdout"
 PUBLIC_TRAIN_DOCUMENTS = 143_651
+# GPT-2's: how text is split into the pieces that a token may not cross, and the text of BOS
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+BOS_TEXT = "<|endoftext|>"
 BASELINE = {
     "one_epoch": [[200_000_000, 3.703], [400_000_000, 3.370], [600_000_000, 3.200],
                   [800_000_000, 3.123], [1_000_000_000, 3.046], [2_000_000_000, 2.892]],
@@ -86,16 +90,16 @@ def take(streams, start, end):
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def gpt2_byte_lengths(bos_id):
-    """Bytes of each token, 0 for BOS (it is no text); None if tiktoken cannot say."""
+def gpt2_tokens(bos_id):
+    """The text of each token but BOS, as bytes; [] if tiktoken cannot say."""
     try:
         import tiktoken
         encoding = tiktoken.get_encoding("gpt2")
     except Exception as error:  # not installed, or its vocabulary neither cached nor reachable
-        print(f"no text_bytes, bits per byte will be n/a: tiktoken: {type(error).__name__}")
-        return None
-    lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(bos_id)]
-    return np.array(lengths + [0])
+        print("without GPT-2's tokens bits per byte will be n/a, and runs end with no text:"
+              f" tiktoken: {type(error).__name__}")
+        return []
+    return [encoding.decode_single_token_bytes(token) for token in range(bos_id)]
 
 
 def count_bytes(tokens, lengths, piece=1 << 22):
@@ -225,9 +229,9 @@ def get_streams(args):
         for shard in shards:
             shard["path"] = shard["path"] or download(args.repo, shard, args.cache)
             try:
-                tokens, vocab_size, bos_id, _ = read_shard(shard["path"])
+                tokens, vocab_size, bos_id = read_shard(shard["path"])
             except ValueError as error:
-                raise Failure(f"{one_line(error)}; delete that file, then run again") from error
+                raise Failure(f"{error}; delete that file, then run again") from error
             streams.append(tokens)
         try:
             return streams, cut_splits(streams, *budgets, bos_id), vocab_size, bos_id
@@ -255,20 +259,26 @@ def tokens_there(out):
 def build(args):
     """Get, cut and write the dataset; nothing in args.out changes before all of it is written."""
     streams, ranges, vocab_size, bos_id = get_streams(args)
-    lengths, splits = gpt2_byte_lengths(bos_id), {}
+    vocabulary = gpt2_tokens(bos_id)
+    lengths = np.array([len(token) for token in vocabulary] + [0])      # BOS is no text
+    splits, tokenizer = {}, {"tokenizer": "gpt2", "vocab_size": vocab_size, "bos_id": bos_id}
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out, prefix="building_") as folder:
         for split, (start, end) in zip(SPLITS, ranges):
             tokens = take(streams, start, end)
             path = Path(folder) / f"fineweb_{split}_000000.bin"
             entry = splits[f"{split}_000000"] = write_shard(path, tokens, vocab_size, bos_id)
-            entry["text_bytes"] = None if lengths is None else count_bytes(tokens, lengths)
+            entry["text_bytes"] = count_bytes(tokens, lengths) if vocabulary else None
+        if vocabulary:  # as tiktoken's files have it, so that tokens can be read without it
+            tokenizer |= {"ranks": "ranks.tiktoken", "pattern": PATTERN, "bos_text": BOS_TEXT}
+            lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(vocabulary)]
+            (Path(folder) / tokenizer["ranks"]).write_bytes(b"".join(lines))
         # Old hashes beside new shards would be a lie, should this stop in between.
         (args.out / "meta.json").unlink(missing_ok=True)
         for path in Path(folder).iterdir():
             path.replace(args.out / path.name)
     write_meta(args.out, {
-        "splits": splits, "tokenizer": "gpt2", "vocab_size": vocab_size, "bos_id": bos_id,
+        "splits": splits, **tokenizer,
         "source": f"FineWeb sample-10BT, from the tokenized shards of {args.repo}",
         "licence": "ODC-By 1.0", "baseline": BASELINE})
     for name, entry in splits.items():

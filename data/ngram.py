@@ -7,7 +7,6 @@ import numpy as np
 
 SHIFT = np.uint64(16)       # bits of a token in a packed n-gram
 BLOCK = 1 << 20             # targets that are scored at once
-PRIOR = 30                  # tokens; 30, 100, 300 and 1000 by cross-validation on selection
 
 
 class NGram:
@@ -80,27 +79,10 @@ class NGram:
             known[which] = 4 * (k - 1) + size[seen]
         return known
 
-    def score(self, data):
-        """{split: log p(target)} and {split: support} of a shards.Dataset."""
-        splits = {split: np.concatenate(parts) for split, parts in data.evaluated().items()}
+    def score(self, splits):
+        """{split: log p(target)} and {split: support} of {split: tokens}."""
         return ({split: self.logprobs(tokens) for split, tokens in splits.items()},
                 {split: self.support(tokens) for split, tokens in splits.items()})
-
-
-def weights_by_support(logps, support, weights):
-    """Mixture weights [k, 16] for each support, fitted on log p(target) [k, n] and support [n].
-
-    The most probable ones (by expectation maximization) if `weights` [k], those of all tokens, were
-    seen on PRIOR tokens of each support: a Dirichlet prior.
-    """
-    table = np.repeat(weights[:, None], 16, axis=1)
-    for known in np.unique(support):
-        p = np.exp(np.asarray(logps, np.float64)[:, support == known])
-        for _ in range(100):
-            w = table[:, known]
-            seen = w * (p / (w @ p)).sum(axis=1) + PRIOR * weights
-            table[:, known] = seen / (p.shape[1] + PRIOR)
-    return table
 
 
 def interpolate(lower, wanted, keys, counts, discount, contexts, total, left):

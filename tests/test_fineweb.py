@@ -4,10 +4,8 @@
 """
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -17,23 +15,27 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiktoken
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "data"))
-import fineweb  # noqa: E402
-from shards import GPT2_BOS as BOS, read_shard  # noqa: E402
+import fineweb
+import prose
+from helpers import ROOT, clean_environment, python
+from shards import GPT2_BOS as BOS, read_shard
+from train_gpt import load_dataset, make_config, read_ranks
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants")
 VAL_FILE, TRAIN_FILE = fineweb.FILES
 COMMIT = "c0ffee" + "0" * 34
 SMALL = ["--val_tokens=500", "--tokens=1_500", "--holdout_tokens=400"]  # fits the first shard
+SMALL_BUDGETS = 500, 1500, 400
+SHARDS = [f"fineweb_{split}_000000.bin" for split in ("holdout", "train", "val")]
 
 
 def make_stream(lengths, seed=0):
     """Documents of the given lengths, BOS included."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, BOS, sum(lengths)).astype(np.uint16)
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, BOS, sum(lengths)).astype(np.uint16)
     tokens[np.cumsum([0] + list(lengths[:-1]))] = BOS
     return tokens
 
@@ -56,14 +58,13 @@ def cut_slowly(tokens, budgets):
     return ranges
 
 
-# ---- cutting ----
-
+# ==== Cutting ===================================================================================
 def test_cut_splits_like_the_slow_loop():
-    rng = np.random.default_rng(1)
+    random = np.random.default_rng(1)
     for trial in range(100):
-        tokens = make_stream(rng.integers(1, 60, 80), trial)
-        budgets = [int(n) for n in rng.integers(1, len(tokens) // 4, 3)]
-        cuts = sorted(rng.integers(0, len(tokens), 2))  # some streams are empty
+        tokens = make_stream(random.integers(1, 60, 80), trial)
+        budgets = [int(n) for n in random.integers(1, len(tokens) // 4, 3)]
+        cuts = sorted(random.integers(0, len(tokens), 2))  # some streams are empty
         streams = np.split(tokens, cuts)
         ranges = fineweb.cut_splits(streams, *budgets, BOS)
         assert ranges == cut_slowly(tokens.tolist(), budgets)
@@ -103,8 +104,7 @@ def test_cut_splits_refuses_too_short_streams():
             fineweb.cut_splits([tokens], *budgets, BOS)
 
 
-# ---- the stand-in hub ----
-
+# ==== The stand-in hub ==========================================================================
 class Hub(BaseHTTPRequestHandler):
     """Answers like the hub: the resolve URL redirects, with size and hash, to another host."""
     protocol_version = "HTTP/1.1"
@@ -198,18 +198,21 @@ def bodies(hub):
             if (method, place) == ("GET", "store")]
 
 
-def check_dataset(out, tokens, budgets):
+def modified(out):
+    return {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+
+
+def check_dataset(out, tokens, budgets, *more):
+    """The dataset is that of `tokens`, with the files `more` beside its own; returns its meta."""
     meta = json.loads((out / "meta.json").read_text())
-    assert sorted(path.name for path in out.iterdir()) == [
-        "fineweb_holdout_000000.bin", "fineweb_train_000000.bin", "fineweb_val_000000.bin",
-        "meta.json"]
+    assert sorted(path.name for path in out.iterdir()) == [*SHARDS, "meta.json", *more]
     for split, (start, end) in zip(fineweb.SPLITS, cut_slowly(tokens.tolist(), budgets)):
         path, entry = out / f"fineweb_{split}_000000.bin", meta["splits"][f"{split}_000000"]
-        written, vocab_size, bos_id, sha256 = read_shard(path)
-        assert np.array_equal(written, tokens[start:end]) and (vocab_size, bos_id) == (50257, 50256)
+        written, vocab_size, bos_id = read_shard(path)
+        assert np.array_equal(written, tokens[start:end]) and (vocab_size, bos_id) == (50257, BOS)
         assert entry["tokens"] == end - start
         assert entry["documents"] == tokens[start:end].tolist().count(BOS)
-        assert entry["sha256"] == sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     return meta
 
 
@@ -223,8 +226,7 @@ def check_failure(capsys, out, *words):
     return lines
 
 
-# ---- the whole script ----
-
+# ==== The whole script ==========================================================================
 def test_over_both_shards_and_then_nothing_to_do(hub, tmp_path, capsys):
     arguments = ["--val_tokens=600", "--tokens=4_000", "--holdout_tokens=500"]
     assert run(tmp_path, *arguments) == 0
@@ -232,70 +234,126 @@ def test_over_both_shards_and_then_nothing_to_do(hub, tmp_path, capsys):
     assert meta["tokenizer"] == "gpt2" and meta["licence"] == "ODC-By 1.0"
     assert meta["vocab_size"] == 50257 and meta["bos_id"] == BOS and fineweb.REPO in meta["source"]
     assert meta["baseline"]["one_epoch"][4] == [1000000000, 3.046]
-    assert meta["splits"]["val_000000"]["text_bytes"] is None
+    assert meta["splits"]["val_000000"]["text_bytes"] is None and "ranks" not in meta
     assert [name for name, _ in bodies(hub)] == [VAL_FILE, TRAIN_FILE]
     said = capsys.readouterr()
     assert "not comparable with the public leaderboard" in said.err
     assert "bits per byte will be n/a" in said.out
-    # The token goes to the hub, not to where it redirects.
+    # the token goes to the hub, not to where it redirects
     assert {place: token for _, place, _, _, token in hub.log} == {
         "datasets": "Bearer hf_secret", "store": None}
 
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    before = modified(tmp_path / "out")
     hub.log.clear()
     assert run(tmp_path, *arguments) == 0
     assert "already there" in capsys.readouterr().out and not hub.log
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert before == modified(tmp_path / "out")
 
 
-def test_the_second_shard_only_where_needed(hub, tmp_path):
-    assert run(tmp_path, *SMALL) == 0
-    check_dataset(tmp_path / "out", hub.tokens, (500, 1500, 400))
-    assert [name for name, _ in bodies(hub)] == [VAL_FILE]
-
-
-def test_the_second_shard_where_cut_documents_take_too_much(hub, tmp_path):
-    budgets = 501, 2000, 499  # 3000 in all, as many as the first shard has
-    assert cut_slowly(hub.tokens.tolist(), budgets)[-1][1] > 3000
-    assert run(tmp_path, "--val_tokens=501", "--tokens=2000", "--holdout_tokens=499") == 0
+@pytest.mark.parametrize("budgets, files", [
+    (SMALL_BUDGETS, [VAL_FILE]),
+    ((501, 2000, 499), [VAL_FILE, TRAIN_FILE]),     # 3000, as the first has, but documents are cut
+])
+def test_the_second_shard_only_where_needed(budgets, files, hub, tmp_path):
+    assert (cut_slowly(hub.tokens.tolist(), budgets)[-1][1] > 3000) == (len(files) == 2)
+    names = "--val_tokens", "--tokens", "--holdout_tokens"
+    assert run(tmp_path, *(f"{name}={budget}" for name, budget in zip(names, budgets))) == 0
     check_dataset(tmp_path / "out", hub.tokens, budgets)
-    assert [name for name, _ in bodies(hub)] == [VAL_FILE, TRAIN_FILE]
+    assert [name for name, _ in bodies(hub)] == files
 
 
 def test_another_size_than_there(hub, tmp_path, capsys):
     out, less = tmp_path / "out", ["--val_tokens=500", "--tokens=900", "--holdout_tokens=400"]
     assert run(tmp_path, *SMALL) == 0
     hub.log.clear()
-    assert run(tmp_path, *less) == 0  # smaller: stays
+    assert run(tmp_path, *less) == 0            # smaller: stays
     assert "--force" in capsys.readouterr().out
-    check_dataset(out, hub.tokens, (500, 1500, 400))
+    check_dataset(out, hub.tokens, SMALL_BUDGETS)
     assert run(tmp_path, *less, "--force") == 0
     check_dataset(out, hub.tokens, (500, 900, 400))
-    assert run(tmp_path, *SMALL) == 0  # larger: built anew
-    check_dataset(out, hub.tokens, (500, 1500, 400))
-    with open(out / "fineweb_train_000000.bin", "r+b") as file:  # damaged: built anew
+    assert run(tmp_path, *SMALL) == 0           # larger: built anew
+    check_dataset(out, hub.tokens, SMALL_BUDGETS)
+    with open(out / "fineweb_train_000000.bin", "r+b") as file:     # damaged: built anew
         file.seek(2000)
         file.write(b"\x07\x07\x07")
     assert run(tmp_path, *SMALL) == 0
-    check_dataset(out, hub.tokens, (500, 1500, 400))
-    assert not hub.log  # all of it from the cache
+    check_dataset(out, hub.tokens, SMALL_BUDGETS)
+    assert not hub.log                          # all of it from the cache
 
 
-def test_text_bytes(hub, tmp_path, monkeypatch):
-    encoding = SimpleNamespace(decode_single_token_bytes=lambda token: b"x" * (token % 7 + 1))
-    tiktoken = SimpleNamespace(get_encoding={"gpt2": encoding}.__getitem__)
-    monkeypatch.setitem(sys.modules, "tiktoken", tiktoken)
+# ==== GPT-2's vocabulary ========================================================================
+PROSE_META = json.loads((ROOT / "data/prose/meta.json").read_text(encoding="utf-8"))
+PROSE_RANKS = read_ranks(ROOT / "data/prose", PROSE_META)
+PUBLISHED = (r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"""
+             r"""|\s+""")                      # of GPT-2's encoder.py
+TEXTS = [
+    "It's what they'd've said: we'll, I'm, you're 'scared', DON'T 's 'S 'lll 'rex",
+    "  two  spaces\n\n\tand tabs \n", "trailing   ", " \u00a0no-break\u2003 space\u3000",
+    "caf\u00e9 \u4e2d\u6587\u5b57 \u0627\u0644\u0639\u0631 \u00b2\u00bd\u2167 x\u0301",
+    "3.14, 10,000 (50%) $5 -- ... !!! <|endoftext|>", "\U0001f600\U0001f468\u200d\U0001f469 ok",
+    "snake_case a'b'c d'' '' ' s", "\x00\x07\r\n\r\n x"]
+
+
+def stub_bytes(token):
+    """The bytes of a token in a vocabulary of GPT-2's size that begins with that of data/prose."""
+    return PROSE_RANKS.get(token) or b"\xff" * (2 + token % 5) + token.to_bytes(2, "big")
+
+
+def pieces(pattern, text):
+    """What tiktoken's engine splits `text` into: each piece is a token, as all substrings are."""
+    raw = text.encode()
+    substrings = {raw[i:j] for i in range(len(raw)) for j in range(i + 2, len(raw) + 1)}
+    tokens = [*(bytes([b]) for b in range(256)), *sorted(substrings)]
+    encoding = tiktoken.Encoding("pieces", pat_str=pattern, special_tokens={},
+                                 mergeable_ranks={token: i for i, token in enumerate(tokens)})
+    return [tokens[i] for i in encoding.encode_ordinary(text)]
+
+
+def test_ranks_lie_beside_the_shards_and_give_their_bytes(hub, tmp_path, monkeypatch):
+    encoding = SimpleNamespace(decode_single_token_bytes=stub_bytes)
+    stub = SimpleNamespace(get_encoding={"gpt2": encoding}.__getitem__)
+    monkeypatch.setitem(sys.modules, "tiktoken", stub)
     assert run(tmp_path, *SMALL) == 0
-    meta = check_dataset(tmp_path / "out", hub.tokens, (500, 1500, 400))
+    monkeypatch.setitem(sys.modules, "tiktoken", tiktoken)
+    out = tmp_path / "out"
+    meta = check_dataset(out, hub.tokens, SMALL_BUDGETS, "ranks.tiktoken")
+    ranks = read_ranks(out, meta)
+    assert ranks == {token: stub_bytes(token) for token in range(BOS)}
     for split in fineweb.SPLITS:
-        tokens = read_shard(tmp_path / "out" / f"fineweb_{split}_000000.bin")[0]
-        want = sum(token % 7 + 1 for token in tokens.tolist() if token != BOS)
-        assert meta["splits"][f"{split}_000000"]["text_bytes"] == want
-        assert fineweb.count_bytes(tokens, fineweb.gpt2_byte_lengths(BOS), piece=7) == want
+        tokens = read_shard(out / f"fineweb_{split}_000000.bin")[0].tolist()
+        assert meta["splits"][f"{split}_000000"]["text_bytes"] == sum(
+            len(ranks[token]) for token in tokens if token != BOS)
+    data = load_dataset(out, make_config("limited", train_tokens=1500, selection_tokens=0))
+    assert data.bytes_per_token["val"] == meta["splits"]["val_000000"]["text_bytes"] / 500
+    # with pattern and special token they are all that tiktoken needs
+    ours = tiktoken.Encoding("ours", pat_str=meta["pattern"],
+                             mergeable_ranks={text: token for token, text in ranks.items()},
+                             special_tokens={meta["bos_text"]: meta["bos_id"]})
+    assert ours.encode("<|endoftext|>", allowed_special="all") == [BOS]
+    document = read_shard(ROOT / "data/prose/prose_val_000000.bin")[0][1:500].tolist()
+    assert ours.encode_ordinary(ours.decode(document)) == document
 
 
-# ---- trouble ----
+def test_bytes_are_counted_in_pieces():
+    tokens = make_stream([50, 30])
+    lengths = np.arange(BOS + 1) % 7
+    for piece in (1, 7, 80, 1000):
+        assert fineweb.count_bytes(tokens, lengths, piece) == sum(int(t) % 7 for t in tokens)
 
+
+def test_pattern_splits_text_as_the_published_one():
+    random = np.random.default_rng(0)
+    alphabet = list("''sStdmlvre  ab1\u00b2\u00e9\u4e2d\n\t!_\u00a0")
+    samples = ["".join(random.choice(alphabet, 24)) for _ in range(200)]
+    for text in TEXTS + samples:
+        expected = pieces(PUBLISHED, text)
+        assert b"".join(expected).decode() == text
+        for pattern in {fineweb.PATTERN, prose.PATTERN}:
+            assert pieces(pattern, text) == expected, text
+    assert [b"It", b"'s", b" what"] == pieces(fineweb.PATTERN, TEXTS[0])[:3]
+
+
+# ==== Trouble ===================================================================================
 def test_429_is_waited_for_as_asked(hub, tmp_path, capsys):
     hub.faults += [{"at": ("HEAD", "datasets"), "times": 1, "status": 429,
                     "headers": {"Retry_After": 17}},
@@ -304,7 +362,7 @@ def test_429_is_waited_for_as_asked(hub, tmp_path, capsys):
                    {"at": ("GET", "store"), "times": 1, "status": 429,
                     "headers": {"Retry_After": 5}}]
     assert run(tmp_path, *SMALL) == 0
-    check_dataset(tmp_path / "out", hub.tokens, (500, 1500, 400))
+    check_dataset(tmp_path / "out", hub.tokens, SMALL_BUDGETS)
     assert hub.slept == [17, 23, 6.0]  # the last by the library, which adds a second
     assert "try 2 of 6 in 17 s" in capsys.readouterr().err
 
@@ -342,7 +400,7 @@ def test_stalls_and_resets_get_more_tries_than_no_network(monkeypatch, name, wai
 def test_truncated_transfer_is_resumed(hub, tmp_path):
     hub.faults.append({"at": ("GET", "store"), "times": 1, "cut": 3000})
     assert run(tmp_path, *SMALL) == 0
-    check_dataset(tmp_path / "out", hub.tokens, (500, 1500, 400))
+    check_dataset(tmp_path / "out", hub.tokens, SMALL_BUDGETS)
     first, second = bodies(hub)
     assert first == (VAL_FILE, None) and re.fullmatch(r"bytes=2\d\d\d-", second[1])
 
@@ -357,33 +415,33 @@ def test_a_later_run_resumes(hub, tmp_path, capsys):
     assert run(tmp_path, *SMALL) == 0
     (name, asked), = bodies(hub)
     assert name == VAL_FILE and re.fullmatch(r"bytes=2\d\d\d-", asked)
-    check_dataset(tmp_path / "out", hub.tokens, (500, 1500, 400))
+    check_dataset(tmp_path / "out", hub.tokens, SMALL_BUDGETS)
     assert not list((tmp_path / "cache").rglob("*.incomplete"))
-    # What is filed is what the library itself finds.
+    # what is filed is what the library itself finds
     path = huggingface_hub.try_to_load_from_cache(
         fineweb.REPO, VAL_FILE, cache_dir=tmp_path / "cache", repo_type="dataset")
     assert Path(path).read_bytes() == hub.files[VAL_FILE]
 
 
-@pytest.mark.parametrize("more", (2, -2))
-def test_wrong_size(hub, tmp_path, capsys, more):
-    hub.sizes[VAL_FILE] = len(hub.files[VAL_FILE]) + more
-    assert run(tmp_path, *SMALL) == 2
-    check_failure(capsys, tmp_path / "out", VAL_FILE)
-    assert not list((tmp_path / "cache").rglob("snapshots"))
-
-
-def test_wrong_content(hub, tmp_path, capsys):
-    hub.etags[VAL_FILE] = "0" * 64
-    assert run(tmp_path, *SMALL) == 2
-    check_failure(capsys, tmp_path / "out", "sha256", VAL_FILE)
-    assert not list((tmp_path / "cache").rglob("*.incomplete"))
-
-
-def test_header_and_size_disagree(hub, tmp_path, capsys):
-    hub.files[VAL_FILE] = shard_bytes(hub.tokens[:3000], claimed=2999)
-    assert run(tmp_path, *SMALL) == 2
-    check_failure(capsys, tmp_path / "out", "2999", "delete")
+@pytest.mark.parametrize("hub_has, arguments, words, not_left", [
+    (dict(sizes={VAL_FILE: 7022}), [], [VAL_FILE], "snapshots"),        # of 7024 bytes
+    (dict(sizes={VAL_FILE: 7026}), [], [VAL_FILE], "snapshots"),
+    (dict(etags={VAL_FILE: "0" * 64}), [], ["sha256", VAL_FILE], "*.incomplete"),
+    (dict(files={VAL_FILE: shard_bytes(np.full(3000, BOS), claimed=2999)}), [],
+     ["2999", "delete"], "*.incomplete"),
+    (dict(faults=[{"at": ("HEAD", "datasets"), "times": 1, "status": 200}]), [],    # a login page
+     ["not the hub's answer"], "blobs"),
+    ({}, ["--repo=some/other"], ["some/other", "--repo="], "blobs"),
+    ({}, ["--tokens=9_000"], ["6,000", "--tokens="], "blobs"),          # more than there is
+])
+def test_what_cannot_be_right_ends_in_one_line(hub_has, arguments, words, not_left, hub, tmp_path,
+                                               capsys):
+    for name, value in hub_has.items():
+        setattr(hub, name, value)
+    assert run(tmp_path, *SMALL, *arguments) == 2
+    lines = check_failure(capsys, tmp_path / "out", *words)
+    assert len(lines) == 1 or hub.slept
+    assert not list((tmp_path / "cache").rglob(not_left))
 
 
 def test_no_space(hub, tmp_path, capsys, monkeypatch):
@@ -391,24 +449,6 @@ def test_no_space(hub, tmp_path, capsys, monkeypatch):
     assert run(tmp_path, *SMALL) == 2
     lines = check_failure(capsys, tmp_path / "out", "MB free", "--out=")
     assert len(lines) == 1 and not bodies(hub) and not (tmp_path / "cache").exists()
-
-
-def test_not_on_the_hub(hub, tmp_path, capsys):
-    assert run(tmp_path, *SMALL, "--repo=some/other") == 2
-    assert len(check_failure(capsys, tmp_path / "out", "some/other", "--repo=")) == 1
-    assert not hub.slept
-
-
-def test_not_a_hub(hub, tmp_path, capsys):
-    hub.faults.append({"at": ("HEAD", "datasets"), "times": 1, "status": 200})  # a login page
-    assert run(tmp_path, *SMALL) == 2
-    assert len(check_failure(capsys, tmp_path / "out", "not the hub's answer")) == 1
-
-
-def test_more_than_the_shards_hold(hub, tmp_path, capsys):
-    assert run(tmp_path, "--val_tokens=500", "--tokens=9_000", "--holdout_tokens=400") == 2
-    assert len(check_failure(capsys, tmp_path / "out", "6,000", "--tokens=")) == 1
-    assert not bodies(hub)
 
 
 def test_failure_leaves_what_is_there(hub, tmp_path, capsys, monkeypatch):
@@ -438,22 +478,19 @@ def test_bad_arguments(tmp_path, capsys, argument):
     assert len(check_failure(capsys, tmp_path / "out")) == 1
 
 
-# ---- as a program ----
-
+# ==== As a program ==============================================================================
 def program(tmp_path, *arguments, **environment):
     hidden = "HF_", "HUGGINGFACE_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"
-    clean = {key: value for key, value in os.environ.items() if not key.upper().startswith(hidden)}
-    command = [sys.executable, str(ROOT / "data" / "fineweb.py"), f"--out={tmp_path / 'out'}"]
-    return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=60, cwd=tmp_path,
-        env={**clean, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1",
-             "NO_PROXY": "127.0.0.1,localhost", **environment})
+    clean = {name: value for name, value in clean_environment().items()
+             if not name.upper().startswith(hidden)}
+    return python(ROOT / "data/fineweb.py", f"--out={tmp_path / 'out'}", *arguments, cwd=tmp_path,
+                  env={**clean, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1",
+                       "NO_PROXY": "127.0.0.1,localhost", **environment})
 
 
 def test_program_without_network(tmp_path):
-    began = time.monotonic()
     done = program(tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
-    assert done.returncode == 2 and time.monotonic() - began < 20
+    assert done.returncode == 2
     line, = done.stderr.splitlines()
     assert line.startswith("fineweb: http://127.0.0.1:9/") and "check the network" in line
     assert not done.stdout and not (tmp_path / "out").exists()
@@ -463,10 +500,10 @@ def test_program(hub, tmp_path):
     (tmp_path / "own").mkdir()
     done = program(tmp_path, *SMALL, f"--cache={tmp_path / 'own'}", HF_ENDPOINT=hub.url,
                    TIKTOKEN_CACHE_DIR=str(tmp_path), HTTPS_PROXY="http://127.0.0.1:9",
-                   TQDM_POSITION="-1")  # this one shows progress bars without a terminal, too
+                   TQDM_POSITION="-1")      # this one shows progress bars without a terminal, too
     assert done.returncode == 0, done.stderr
-    check_dataset(tmp_path / "out", hub.tokens, (500, 1500, 400))
-    assert VAL_FILE in done.stderr  # the progress bar
+    check_dataset(tmp_path / "out", hub.tokens, SMALL_BUDGETS)
+    assert VAL_FILE in done.stderr          # the progress bar
     assert "bits per byte will be n/a" in done.stdout
     assert list((tmp_path / "own").rglob(VAL_FILE)) and not (tmp_path / "home" / "hub").exists()
 
@@ -474,6 +511,5 @@ def test_program(hub, tmp_path):
 def test_import_has_no_side_effects(tmp_path):
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import fineweb;"
             "print([name for name in ('huggingface_hub', 'tiktoken') if name in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT / "data")], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=60)
+    done = python("-c", code, ROOT / "data", cwd=tmp_path)
     assert done.stdout == "[]\n" and not done.stderr and not list(tmp_path.iterdir())

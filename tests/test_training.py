@@ -1,255 +1,911 @@
-"""What a member's training makes of the schedules, and of dropout; processes that share a chain.
+"""Training: gradients of a batch, what members and steps are given, averages, scores, faults.
 
     python -m pytest tests/test_training.py
+
+Gradients are compared with the formula by float64 autograd over lists of positions.
 """
+import contextlib
+import json
 import math
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-import train_gpt as t
-from tests.test_techniques import (config, random_model, random_tokens, rng, run_alone, run_in_two,
-                                   trainer_of)
+import train_gpt
+from helpers import (BOS, CPU, VOCAB, batch, gradients_of, main, make_dataset, random_tokens,
+                     random_trainer, randomize, relative_error, rng, small_config, train, TINY)
+from train_gpt import (GPT, Clocks, Log, Member, Trainer, UserError, collect_state,
+                       gradients_that_fit, load_dataset, make_config, member_facts,
+                       micro_batch_rows, parse, read_tensors, result_lines, run_costs, start_runtime,
+                       train_member, train_step)
 
-CHANGES = dict(
-    num_models=5, num_epochs=4, first_epochs=2, batch_rows=8, edge_batch_rows=6, kd_from=3,
-    kd_alpha=0.5, lr_warmup=0.1, lr_warmdown=0.5, lr_power=0.5, lr_floor=0.1, sawtooth_epochs=1,
-    wd_schedule="0:1,0.5:0.25,0.5:2,1:3", momentum=0.9, momentum_start=0.6, momentum_steps=11,
-    loop_start=1, loop_end=1, loop_count=2, loop_from_epoch=1, recurrence_from=0.75,
-    window_schedule="0:0.25:0.5,0.5:0.5:1", window_pattern="SL", dropout=0.1)
-
-
-@pytest.fixture(scope="module")
-def training(tmp_path_factory):
-    """([one dict a step], result) of a whole run with every schedule there is."""
-    steps = []
-
-    class Watched(t.Trainer):
-        def gradients(self, inputs, targets, progress, distill):
-            model, teacher = self.model, self.teacher
-            steps.append(dict(
-                rows=len(inputs), progress=progress, distill=distill, stage=model.stage,
-                windows=sorted(model.specs), first=tuple(inputs[0].tolist()),
-                training=all(m.training for m in model.modules()),
-                teacher_rests=not any(m.training for m in teacher.modules()),
-                taught_by={n: p.detach().clone() for n, p in teacher.named_parameters()},
-                weights={n: p.detach().clone() for n, p in model.named_parameters()}))
-            return super().gradients(inputs, targets, progress, distill)
-
-        def new_optimizer(self):
-            optimizer = super().new_optimizer()
-            step = optimizer.step
-
-            def watched(lr, wd, momentum):
-                steps[-1].update(lr=lr, wd=wd, momentum=momentum)
-                step(lr, wd, momentum)
-                steps[-1]["after"] = {n: p.detach().clone()
-                                      for n, p in self.model.named_parameters()}
-            optimizer.step = watched
-            return optimizer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(t, "Trainer", Watched)
-        metrics, result = run_alone(
-            tmp_path_factory.mktemp("training"), "--track=cpu", "--device_batch_size=2",
-            "--ngram_order=0", "--final_mixture=uniform", "--compile=false",
-            *(f"--{name}={value}" for name, value in CHANGES.items()))
-    members = []
-    for step in steps:
-        if step["progress"] == 0:
-            members.append([])
-        members[-1].append(step)
-    assert [m["step"] for m in metrics] == [i + 1 for member in members for i in range(len(member))]
-    return members, result
+SILENT = Log(None, is_main=False, every_seconds=0)
+SMALL_DATA = [f"--vocab_size={VOCAB}", "--train_tokens=2500", "--selection_tokens=300",
+              "--eval_tokens=0", "--ngram_order=0", "--final_mixture=uniform"]
 
 
-def rows_an_epoch(result):
-    """From the tokens that the run says it trained on."""
-    c = t.make_config(**result["config"])
-    tokens = sum(map(len, t.load_dataset(t.ROOT / c.dataset, c).train))
-    return math.ceil((tokens - 1) / c.seq_len)
+# ==== Helpers ===================================================================================
+def on_every_rank(trainer, world_size, compute):
+    """[compute()] of `world_size` processes, one after the other."""
+    results = []
+    trainer.runtime.world_size = world_size
+    for rank in range(world_size):
+        trainer.runtime.rank = rank
+        results.append(compute())
+    trainer.runtime.world_size = 1
+    trainer.runtime.rank = 0
+    return results
 
 
-def test_members_take_their_epochs_and_rows(training):
-    """2 epochs of the first member, 4 of the others; 6 rows a step at either end, 8 between."""
-    members, result = training
-    rows = rows_an_epoch(result)
-    assert [member[0]["rows"] for member in members] == [6, 8, 8, 8, 6]
-    for k, (member, epochs) in enumerate(zip(members, [2, 4, 4, 4, 4])):
-        size = member[0]["rows"]
-        assert len(member) == math.ceil(epochs * rows / size) and len(member) > 10
-        assert [s["rows"] for s in member] == [size] * len(member)
-        assert [s["progress"] for s in member] == [i / len(member) for i in range(len(member))]
-    assert len({member[0]["first"] for member in members}) == 5     # each in an order of its own
+def summed_gradients(trainer, inputs, targets, progress, distill, world_size=1, micro_rows=4):
+    """{name: sum of the losses}, {name: gradient} of all processes together."""
+    trainer.micro_rows = micro_rows
+    trainer.model.zero_grad()
+    shares = on_every_rank(trainer, world_size, lambda: trainer.gradients(
+        inputs, targets, progress, distill))
+    sums = {name: float(sum(share[name] for share in shares if share)) for name in shares[0]}
+    return sums, gradients_of(trainer.model)
 
 
-def test_every_step_has_its_learning_rate_decay_and_momentum(training):
-    members, _ = training
-    for member, epochs in zip(members, [2, 4, 4, 4, 4]):
-        for i, step in enumerate(member):
-            p = step["progress"]
-            rise = p / 0.1 if p < 0.1 else 1.0
-            base = rise * (0.1 + 0.9 * min(1.0, (1 - p) / 0.5) ** 0.5)
-            in_epoch = p * epochs - (epochs - 1)            # the last one has a tooth
-            lr = base if in_epoch < 0 else 0.05 + (max(base, 0.05) - 0.05) * (
-                1 + math.cos(math.pi * in_epoch)) / 2
-            assert step["lr"] == pytest.approx(lr, abs=1e-9), p
-            wd = np.interp(p, [0, 0.5], [1, 0.25]) if p < 0.5 else 2 + (p - 0.5) * 2
-            assert step["wd"] == pytest.approx(wd), p
-            assert step["momentum"] == pytest.approx(0.6 + 0.3 * min(1, i / 11))
+def naive_losses(trainer, inputs, targets, specs, later=(), alpha=0.0, rows=None):
+    """The formula: {"loss", "train_loss", "kl"} of `rows` (all), divided by the whole batch's.
 
-
-def test_every_step_is_in_its_stage(training):
-    """Loops from a quarter on (epoch 1 of 4), longer windows from half, twice from three quarters.
-
-    The first member goes through the same stages in its own 2 epochs.
+    (1 - alpha) (CE + w_2 CE_2 + w_3 CE_3 + MTP's CE_2) + alpha T^2 KL, where CE_j is of the token
+    j positions ahead, if its row has it. MTP's is a mean over the tokens that have a CE_2.
     """
-    members, result = training
-    length = result["config"]["seq_len"]
-    for member in members:
-        for step in member:
-            p, stage = step["progress"], step["stage"]
-            assert stage.loops == (2 if p >= 0.25 else 1)
-            assert stage.passes == (2 if p >= 0.75 else 1)
-            short, long = (0.5, 1) if p >= 0.5 else (0.25, 0.5)
-            assert stage.windows == (short * length, long * length)
-            assert stage.yarn == (((length // 2, length),) if p >= 0.5 else ())
-            assert set(stage.windows) <= set(step["windows"])
-        assert len({step["stage"] for step in member}) == 4
+    config, model = trainer.config, trainer.model
+    rows = range(len(targets)) if rows is None else rows
+
+    def having(ahead):
+        """[(row, column, token)] of the whole batch's positions with a token `ahead`."""
+        return [(r, i, int(targets[r, i + ahead - 1])) for r in range(len(targets))
+                for i in range(targets.shape[1] - ahead + 1)
+                if targets[r, i] >= 0 and targets[r, i + ahead - 1] >= 0]
+
+    def cross_entropy(logits, ahead):
+        """Sum over the positions in `rows`."""
+        chosen = [place for place in having(ahead) if place[0] in rows]
+        r, i, token = torch.tensor(chosen or [(0, 0, 0)]).T
+        return -logits.log_softmax(-1)[r, i, token].sum() * bool(chosen)
+
+    count = len(having(1))
+    hidden = model(inputs, specs)
+    student = model.logits(hidden)
+    next_token = cross_entropy(student, 1) / count
+    loss = next_token
+    for ahead, weight in enumerate(later, 2):
+        loss = loss + weight * cross_entropy(student, ahead) / count
+    if config.mtp_weight:
+        predicting = model.logits(model.mtp_hidden(hidden, targets.clamp(min=0), specs))
+        loss = loss + config.mtp_weight * cross_entropy(predicting, 2) / max(1, len(having(2)))
+    kl = torch.zeros((), dtype=torch.float64)
+    if alpha:
+        T = config.kd_temperature
+        with torch.no_grad():       # a teacher is always in its last stage
+            taught = (trainer.teacher.logits(trainer.teacher(inputs)) / T).log_softmax(-1)
+        own = (student / T).log_softmax(-1)
+        by_token = (taught.exp() * (taught - own)).sum(-1)
+        kl = sum((by_token[r, i] for r, i, _ in having(1) if r in rows), kl) / count
+        loss = (1 - alpha) * loss + alpha * T ** 2 * kl
+    return {"loss": loss, "train_loss": next_token, "kl": kl}
 
 
-def test_members_from_kd_from_on_are_taught_by_the_last(training):
-    """The teacher is the member before as it ended, and drops nothing out."""
-    members, result = training
-    for k, member in enumerate(members, 1):
-        assert all(step["distill"] == (k >= 3) and step["training"] for step in member)
-        assert all(step["teacher_rests"] for step in member)
-        if k >= 3:
-            for step in (member[0], member[-1]):
-                for name, p in members[k - 2][-1]["after"].items():
-                    assert torch.equal(step["taught_by"][name], p), (k, name)
-    assert result["config"]["average"] == "last"
+def naive_gradients(trainer, *arguments, **options):
+    """{name: loss}, {name: gradient} by naive_losses."""
+    trainer.model.zero_grad()
+    losses = naive_losses(trainer, *arguments, **options)
+    losses["loss"].backward()
+    return {name: float(loss.detach()) for name, loss in losses.items()}, gradients_of(trainer.model)
 
 
-def test_members_begin_with_weights_of_their_own(training):
-    members, _ = training
-    begins = [member[0]["weights"] for member in members]
-    for a, b in zip(begins, begins[1:]):
-        assert not torch.equal(a["wte.weight"], b["wte.weight"])
-        assert abs(np.corrcoef(a["wte.weight"].flatten(), b["wte.weight"].flatten())[0, 1]) < 0.05
+def assert_same_gradients(ours, expected, what, tolerance=1e-6):
+    sums, gradients = ours
+    for name in ("train_loss", "kl"):
+        assert sums[name] == pytest.approx(expected[0][name], rel=1e-6, abs=1e-12), (what, name)
+    for name, gradient in expected[1].items():
+        scale = max(float(gradient.abs().max()), 1e-12)
+        error = float((gradients[name] - gradient).abs().max())
+        assert error <= tolerance * scale, (what, name)
 
 
-# ==== Dropout ===================================================================================
-@pytest.mark.parametrize("mlp", [True, False])
-def test_dropout_is_behind_both_output_projections(mlp):
-    """x + m1 attn(norm(x)), then x + m2 mlp(norm(x)); m is 0 with probability p, else 1/(1-p)."""
-    model = random_model(config(dropout=0.25, mlp_dropout=mlp)).train()
-    block, spec = model.blocks[0], model.specs[12]
-    x = torch.randn(2, 12, 48, generator=rng(1), dtype=torch.float64)
-    rms = lambda x: x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
-    torch.manual_seed(3)
-    ours = block(x, None, spec)
-    torch.manual_seed(3)
-    masks = [F.dropout(torch.ones_like(x), p) for p in (0.25, 0.25 if mlp else 0.0)]
-    middle = x + masks[0] * block.attn(rms(x), None, spec)
-    assert torch.allclose(ours, middle + masks[1] * block.mlp(rms(middle)), rtol=1e-9)
-    for mask, p in zip(masks, (0.25, 0.25 if mlp else 0.0)):
-        assert torch.isclose(mask, mask.new_tensor(0)).double().mean() == pytest.approx(p, abs=0.05)
-        assert torch.allclose(mask[mask > 0], mask.new_tensor(1 / (1 - p)))
-    block.eval()
-    torch.manual_seed(3)
-    middle = x + block.attn(rms(x), None, spec)
-    assert torch.allclose(block(x, None, spec), middle + block.mlp(rms(middle)), rtol=1e-9)
+def weights_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def test_processes_drop_out_differently_and_begin_alike():
-    trainer = trainer_of(dropout=0.5)
-    trainer.model.float()
-    trainer.rt.dtype = trainer.model.dtype = torch.float32
-    trainer.model.prepare(12)
-    tokens, seen = random_tokens(trainer.c, 2, 12), []
-    for rank in (0, 1, 0):
-        trainer.rt.rank = rank
-        trainer.start_member(trainer.c, 1001, 1)
-        weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-        with torch.no_grad():       # weights of the output projections are not 0: normal
-            seen.append((trainer.model(tokens), weights))
-    assert not torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][0], seen[2][0])
-    assert all(torch.equal(seen[0][1][name], seen[1][1][name]) for name in seen[0][1])
+def assert_same_weights(model, weights):
+    for name, p in model.named_parameters():
+        assert torch.equal(p, weights[name]), name
 
 
-# ==== Stages, order =============================================================================
-def test_order_of_a_window_schedule_does_not_matter():
-    points = ["0:0.125:0.25", "0.25:0.25:0.5", "0.5:0.5:1"]
-    expected = t.stages(config(window_schedule=",".join(points), window_pattern="SSSL"))
-    assert [stage.windows[-1] for stage in expected] == [3, 6, 12]
-    assert t.stages(config(window_schedule=",".join(
-        [points[0], points[2], points[1]]), window_pattern="SSSL")) == expected
+def correlation(a, b):
+    return abs(np.corrcoef(a.flatten(), b.flatten())[0, 1])
 
 
-@pytest.mark.parametrize("shuffle", ["documents", "rows", "none"])
-def test_what_an_epoch_permutes(shuffle):
-    """Documents and rows; rows of documents in their order; nothing."""
-    documents = [np.concatenate(([0], np.full(n, n))) for n in range(5, 35)]
-    rows = t.Rows(documents, 8, 1, 3, 7, 0, shuffle)
-    epochs = []
-    for epoch in range(3):
-        steps = range(epoch * rows.rows_per_epoch, (epoch + 1) * rows.rows_per_epoch)
-        pieces = [np.append(x[0].numpy()[:1], y[0].numpy()) for x, y in map(rows.step, steps)]
-        epochs.append([tuple(int(n) for n in piece if n >= 0) for piece in pieces])
-        assert sum(len(piece) - 1 for piece in epochs[-1]) == rows.tokens - 1
-    stream = np.concatenate(documents)
-    in_order = [tuple(map(int, stream[i:i + 9])) for i in range(0, len(stream) - 1, 8)]
-    for epoch in epochs:
-        assert (epoch == in_order) == (shuffle == "none")
-        assert (sorted(epoch) == sorted(in_order)) == (shuffle != "documents")
-    assert (epochs[0] == epochs[1]) == (epochs[1] == epochs[2]) == (shuffle == "none")
-
-
-# ==== Processes that share a chain ==============================================================
-SAME = ["--compile=false", "--dropout=0", "--stochastic_depth=0"]
-SHARED = {
-    "clipping, batches by member, document masks, subsets": [
-        "--track=cpu", *SAME, "--grad_clip=0.05", "--num_models=4", "--edge_batch_rows=6",
-        "--device_batch_size=1", "--document_mask=true", "--subset_fraction=0.7"],
-    "fixed XSA, EMA, distilled, recomputed, n-gram by support": [
-        "--track=cpu", *SAME, "--xsa=fixed", "--average=ema", "--num_models=2",
-        "--kd_temperature=2", "--recompute_blocks=true", "--num_layers=4", "--unet=true"],
-    "members that continue, perturbed, learned mixture": [
-        "--track=unlimited", *SAME, "--num_chains=1", "--num_models=3", "--num_epochs=1",
-        "--kd_from=2", "--grad_clip=0.05", "--edge_batch_rows=0"],
+# ==== Gradients of a batch ======================================================================
+# two stages: the second, from half of the steps on, has loops and longer windows
+STAGED = dict(num_epochs=2, loop_start=1, loop_end=2, loop_count=2, loop_from_epoch=1,
+              window_pattern="SL", window_schedule=((0, 0.25, 0.5), (0.5, 0.5, 1)))
+TARGETS = dict(second_weight=((0, 0.5), (1, 0.3)), third_weight=((0, 0.25), (0.4, 0)))
+DISTILLED = dict(kd_alpha=0.6, kd_temperature=1.3)
+MORE = dict(rope_fraction=0.5, key_offset=True, xsa=True, iha=True, recurrence_from=0.1)
+# settings, progress, stage, weights of the second and third next token, alpha
+LOSSES = {
+    "next token, first stage": (STAGED, 0.49, 0, (), 0.0),
+    "next token, second stage": (STAGED, 0.5, 1, (), 0.0),
+    "two tokens": (dict(second_weight=((0, 0.5),)), 0.9, 0, (0.5, 0), 0.0),
+    "first and third token": (dict(third_weight=((0, 0.25),)), 0.0, 0, (0, 0.25), 0.0),
+    "three tokens": (dict(STAGED, **TARGETS), 0.2, 0, (0.46, 0.125), 0.0),
+    "MTP": (dict(STAGED, mtp_weight=0.3), 0.7, 1, (), 0.0),
+    "distilled": (dict(STAGED, **DISTILLED), 0.2, 0, (), 0.6),
+    "with a teacher that is not asked": (dict(STAGED, **DISTILLED), 0.2, 0, (), 0.0),
+    "all at once": (dict(TARGETS, **DISTILLED, **MORE, mtp_weight=0.3, num_epochs=2),
+                    0.2, 1, (0.46, 0.125), 0.6),
 }
 
 
-@pytest.mark.parametrize("name", SHARED)
-def test_two_processes_of_a_chain_compute_what_one_does(name, tmp_path):
-    """Every reading of the loss and every score, up to rounding."""
-    steps, alone = run_alone(tmp_path / "one", *SHARED[name])
-    steps_of_two, shared = run_in_two(tmp_path / "two", *SHARED[name])
-    assert len(steps) == len(steps_of_two) and shared["processes"] == 2
-    for key in ("train_loss", "kl"):
-        assert [m[key] for m in steps_of_two] == pytest.approx([m[key] for m in steps], abs=2e-4)
-    for one, other in zip(alone["members"], shared["members"], strict=True):
-        for key in ("selection_loss", "val_loss", "holdout_loss"):
-            assert other[key] == pytest.approx(one[key], abs=2e-4)
-    for one, other in zip(alone["ensemble"], shared["ensemble"], strict=True):
-        for key in one:
-            assert other[key] == pytest.approx(one[key], abs=5e-4), key
+@pytest.mark.parametrize("rows_with_targets", [4, 1])
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_of_a_batch_equal_the_formula(name, rows_with_targets):
+    """For any number of processes and any micro-batch, also if a last step leaves rows empty."""
+    changes, progress, stage, later, alpha = LOSSES[name]
+    trainer = random_trainer(**changes)
+    specs = trainer.specs[trainer.stages[stage]]
+    inputs, targets = batch(trainer.config)     # whose last row ends early
+    targets[rows_with_targets:] = -1
+    expected = naive_gradients(trainer, inputs, targets, specs, later, alpha)
+    for world_size, micro_rows in ((1, 4), (1, 3), (2, 1), (4, 2)):
+        ours = summed_gradients(trainer, inputs, targets, progress, bool(alpha), world_size,
+                                micro_rows)
+        assert_same_gradients(ours, expected, (world_size, micro_rows))
 
 
-# ==== Time limit ================================================================================
-@pytest.mark.parametrize("limit, over", [(1e-5, True), (1000.0, False), (0.0, False)])
-def test_a_run_over_its_time_limit_says_so(limit, over, tmp_path):
-    result = run_alone(tmp_path, "--track=cpu", "--num_models=1", "--num_epochs=1", *SAME,
-                       f"--time_limit={limit}")[1]
-    lines = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8").splitlines()
-    line, = [line for line in lines if re.search(r"\btime {10,}\d", line)]
-    said = "; OVER the track's limit of 1e-05 minutes" in line
-    assert said is result["over_time_limit"] is over
+def test_gradients_are_added_to_those_that_are_there():
+    """So that meta-gradients of virtual ranks, and micro-batches, add up."""
+    trainer = random_trainer()
+    inputs, targets = batch(trainer.config)
+    _, once = summed_gradients(trainer, inputs, targets, 0.0, False)
+    trainer.gradients(inputs, targets, 0.0, False)
+    for name, gradient in gradients_of(trainer.model).items():
+        assert relative_error(gradient, 2 * once[name]) < 1e-12
 
 
-def test_every_track_has_a_time_limit():
-    assert all(t.make_config(track).time_limit > 0 for track in t.TRACKS)
+# ---- meta-gradient ----
+
+def takes_the_inner_step(name, scope):
+    """All of the blocks' matrices and what else is multiplied, or those of the MLPs."""
+    if scope == "mlp":
+        return name.startswith("blocks.") and ".mlp." in name
+    return name.endswith(".weight") and name not in ("wte.weight", "head.weight")
+
+
+def naive_meta_gradients(trainer, inputs, targets, specs, size, later, alpha):
+    """Over virtual ranks: g1 at w, g2 at w - size g1 / |g1|, both added up."""
+    config, model = trainer.config, trainer.model
+    parameters = dict(model.named_parameters())
+    plastic = [name for name in parameters if takes_the_inner_step(name, config.meta_scope)]
+    start = weights_of(model)
+    ranks = len(inputs) // (2 * config.meta_rows)
+    sums, total = {}, {}
+    for rank in range(ranks):
+        rows = list(range(rank, len(inputs), ranks))
+        for half in (rows[:config.meta_rows], rows[config.meta_rows:]):
+            losses, gradients = naive_gradients(trainer, inputs, targets, specs, later, alpha, half)
+            norm = math.sqrt(sum(float(gradients[name].square().sum()) for name in plastic))
+            with torch.no_grad():
+                for name in plastic:
+                    parameters[name] -= size / norm * gradients[name]
+            for added, values in ((sums, losses), (total, gradients)):
+                for name, value in values.items():
+                    added[name] = added.get(name, 0) + value
+        model.load_state_dict(start)
+    return sums, total
+
+
+@pytest.mark.parametrize("scope, decay, changes, later, alpha", [
+    ("matrices", True, MORE, (), 0.0), ("matrices", False, DISTILLED, (), 0.6),
+    ("mlp", False, dict(TARGETS, mtp_weight=0.3), (0.32, 0), 0.0),
+    ("matrices", False, dict(mtp_weight=0.3), (), 0.0)])
+def test_meta_gradients_equal_their_definition(scope, decay, changes, later, alpha):
+    """For any number of processes and any micro-batch; weights are then what they were."""
+    trainer = random_trainer(**changes, meta_lr=0.5, meta_rows=2, meta_scope=scope,
+                             meta_decay=decay, lr_warmdown=0.4, lr_power=0.5, batch_rows=16)
+    model = trainer.model
+    inputs, targets = batch(trainer.config, 16)
+    before = weights_of(model)
+    size = 0.5 * math.sqrt((1 - 0.9) / 0.4) if decay else 0.5
+    specs = trainer.specs[trainer.stages[-1]]
+    expected = naive_meta_gradients(trainer, inputs, targets, specs, size, later, alpha)
+    assert_same_weights(model, before)
+    for world_size, micro_rows in ((1, 2), (1, 1), (2, 2), (4, 1)):
+        ours = summed_gradients(trainer, inputs, targets, 0.9, bool(alpha), world_size, micro_rows)
+        assert_same_gradients(ours, expected, (world_size, micro_rows))
+        assert_same_weights(model, before)
+    trainer.config = replace(trainer.config, meta_lr=0)         # the plain gradient is another
+    _, plain = summed_gradients(trainer, inputs, targets, 0.9, bool(alpha))
+    assert relative_error(plain["blocks.0.mlp.fc.weight"],
+                          expected[1]["blocks.0.mlp.fc.weight"]) > 1e-3
+
+
+def test_meta_gradient_of_an_inner_step_of_zero_is_the_plain_gradient():
+    trainer = random_trainer(meta_lr=0.5, meta_rows=2, meta_decay=True, lr_warmdown=1.0,
+                             lr_floor=0.0, mtp_weight=0.3)
+    inputs, targets = batch(trainer.config)
+    expected = naive_gradients(trainer, inputs, targets, trainer.last_specs)
+    ours = summed_gradients(trainer, inputs, targets, 1.0, False)   # the warmdown's end
+    assert_same_gradients(ours, expected, "step of 0")
+
+
+@pytest.mark.parametrize("scope", ["matrices", "mlp"])
+def test_adapted_moves_the_plastic_weights_and_restores_them_exactly(scope):
+    """After an exception, too."""
+    trainer = random_trainer(meta_lr=0.5, meta_rows=2, meta_scope=scope, mtp_weight=0.3)
+    model = trainer.model
+    before = weights_of(model)
+    trainer.backward(*batch(trainer.config), SimpleNamespace(
+        specs=trainer.last_specs, num_targets=44, num_second=40,
+        loss=train_gpt.LossSpec(torch.ones(1), 0.0, trainer.config)))
+    with contextlib.suppress(ZeroDivisionError), trainer.adapted(0.25):
+        moved = {name: p.detach() - before[name] for name, p in model.named_parameters()
+                 if not torch.equal(p, before[name])}
+        assert torch.is_grad_enabled()
+        assert set(moved) == {name for name in before if takes_the_inner_step(name, scope)}
+        norm = math.sqrt(sum(float(step.square().sum()) for step in moved.values()))
+        assert norm == pytest.approx(0.25)
+        for name, step in moved.items():        # down the gradient
+            slope = model.get_parameter(name).grad
+            cosine = -(step * slope).sum() / (step.norm() * slope.norm())
+            assert cosine == pytest.approx(1)
+        raise ZeroDivisionError
+    assert_same_weights(model, before)
+
+
+# ---- memory ----
+
+def fail_beyond(trainer, room, from_call=1):
+    """From that call on, forward passes of more than `room` rows run out of memory."""
+    forward = trainer.forward
+    calls = []
+
+    def limited(model, inputs, specs):
+        calls.append(len(inputs))
+        if len(calls) >= from_call and len(inputs) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return forward(model, inputs, specs)
+
+    trainer.forward = limited
+
+
+@pytest.mark.parametrize("changes", [{}, dict(meta_lr=0.5, meta_rows=4), DISTILLED], ids=str)
+@pytest.mark.parametrize("room, from_call, tried", [(2, 1, [2]), (2, 2, [2]), (1, 2, [2, 1])])
+def test_micro_batches_are_halved_until_they_fit(changes, room, from_call, tried):
+    """With the same gradients, though some had been added up when memory ran out."""
+    trainer = random_trainer(**changes, batch_rows=8)
+    assert trainer.micro_rows == 4
+    inputs, targets = batch(trainer.config, 8)
+    weights = weights_of(trainer.model)
+    expected = summed_gradients(trainer, inputs, targets, 0.0, bool(trainer.teacher))
+    trainer.model.zero_grad()
+    fail_beyond(trainer, room, from_call)
+    member = SimpleNamespace(number=3, step=6, distill=bool(trainer.teacher),
+                             rows=SimpleNamespace(step={6: (inputs, targets)}.get))
+    lines = []
+    log = SimpleNamespace(say=lines.append)
+    for _ in range(2):              # the second time it is known what fits
+        trainer.model.zero_grad()
+        sums = gradients_that_fit(trainer, member, log, 0.0)
+        assert_same_gradients((sums, gradients_of(trainer.model)), expected, room)
+        assert_same_weights(trainer.model, weights)
+        assert trainer.micro_rows == room
+        assert len(lines) == len(tried)
+    for line, rows in zip(lines, tried):
+        assert re.fullmatch(rf"memory .*member 3, step 7\b.*micro-batches of {rows} row.*", line)
+
+
+def test_one_row_that_does_not_fit_is_an_error():
+    trainer = random_trainer()
+    fail_beyond(trainer, 0)
+    lines = []
+    member = SimpleNamespace(number=1, step=0, distill=False,
+                             rows=SimpleNamespace(step={0: batch(trainer.config)}.get))
+    with pytest.raises(torch.OutOfMemoryError):
+        gradients_that_fit(trainer, member, SimpleNamespace(say=lines.append), 0.0)
+    assert len(lines) == 2 and trainer.micro_rows == 1      # of 4 rows
+
+
+# field values, processes, what --field=value is refused; None: the rows of a micro-batch
+SHARES = [
+    (dict(batch_rows=8, device_batch_size=4), 1, None, 4),
+    (dict(batch_rows=8, device_batch_size=4), 4, None, 2),
+    (dict(batch_rows=8, device_batch_size=3), 2, None, 3),
+    (dict(batch_rows=6), 4, "--batch_rows=6", 4),
+    (dict(batch_rows=1), 4, "--batch_rows=1", 4),
+    (dict(batch_rows=8, edge_batch_rows=6), 4, "--edge_batch_rows=6", 4),
+    (dict(batch_rows=16, meta_lr=0.5, meta_rows=2), 4, None, 2),
+    (dict(batch_rows=24, meta_lr=0.5, meta_rows=2), 4, "--batch_rows=24", 16),
+    (dict(batch_rows=16, edge_batch_rows=8, meta_lr=0.5, meta_rows=4), 2,
+     "--edge_batch_rows=8", 16),
+]
+
+
+@pytest.mark.parametrize("changes, world_size, refused, number", SHARES, ids=str)
+def test_batch_that_cannot_be_shared_out_is_refused(changes, world_size, refused, number):
+    """number: of which a batch must be a multiple, and what is proposed is; or rows that fit."""
+    config = small_config(**{"edge_batch_rows": 0, **changes})
+    if not refused:
+        assert micro_batch_rows(config, world_size) == number
+        return
+    with pytest.raises(UserError, match=rf"^{refused} .* multiple of {number} ") as error:
+        micro_batch_rows(config, world_size)
+    field = refused.strip("-").partition("=")[0]
+    proposed = int(re.search(r": (\d+) is$", str(error.value))[1])
+    assert 0 < abs(proposed - changes[field]) < number
+    micro_batch_rows(replace(config, **{field: proposed}), world_size)
+
+
+# ==== Members ===================================================================================
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data") / "small")
+
+
+def data_of(documents, scored=("val",)):
+    """A Dataset's train, and splits of 30 random tokens."""
+    tokens = random_tokens(SimpleNamespace(vocab_size=VOCAB), len(scored), 30, seed=5).numpy()
+    return SimpleNamespace(train=documents, bos=BOS,
+                           scored={split: [part] for split, part in zip(scored, tokens)})
+
+
+@pytest.mark.parametrize("fraction, count", [(1.0, 20), (0.5, 10), (0.33, 7), (0.0, 1)])
+def test_members_see_documents_of_their_own_in_the_order_of_the_data(fraction, count):
+    """What a member sees depends on the run's seed and its number only."""
+    documents = [np.full(i + 2, i) for i in range(20)]
+    seen = []
+    for number, seed in ((1, 1), (1, 1), (2, 1), (3, 1), (1, 2)):
+        trainer = random_trainer(subset_fraction=fraction)
+        trainer.config = replace(trainer.config, seed=seed, num_models=3)
+        part = Member(number, trainer, data_of(documents)).rows.documents
+        seen.append([int(document[0]) for document in part])
+        assert len(set(seen[-1])) == len(seen[-1]) == count
+        assert seen[-1] == sorted(seen[-1])
+        assert all(document is documents[i] for document, i in zip(part, seen[-1]))
+    assert seen[0] == seen[1]
+    assert fraction == 1 or len({tuple(part) for part in seen}) > 2
+
+
+def test_order_of_rows_differs_between_members_and_seeds():
+    documents = [np.append(BOS, np.arange(i, i + 40)) for i in range(20)]
+    first_rows = []
+    for number, seed in ((1, 1), (1, 1), (2, 1), (1, 2), (2, 2)):
+        trainer = random_trainer()
+        trainer.config = replace(trainer.config, seed=seed, num_models=2)
+        rows = Member(number, trainer, data_of(documents)).rows
+        first_rows.append(tuple(rows.step(0)[0].flatten().tolist()))
+    assert first_rows[0] == first_rows[1]
+    assert len(set(first_rows)) == 4
+
+
+@pytest.mark.parametrize("models, edge, rows", [
+    (4, 6, [6, 8, 8, 6]), (8, 6, [6, 6, 8, 8, 8, 8, 6, 6]), (3, 6, [8, 8, 8]), (1, 6, [8]),
+    (4, 0, [8, 8, 8, 8])])
+def test_members_of_the_outer_quarters_have_rows_of_their_own(models, edge, rows):
+    trainer = random_trainer(num_models=models, batch_rows=8, edge_batch_rows=edge)
+    data = data_of([np.full(500, BOS)])
+    members = [Member(number, trainer, data) for number in range(1, models + 1)]
+    assert [member.rows.batch_rows for member in members] == rows
+    assert all(len(member.rows.step(0)[0]) == size for member, size in zip(members, rows))
+
+
+@pytest.mark.parametrize("alpha, kd_from, distilled", [
+    (0.5, 1, [2, 3, 4]), (0.5, 2, [2, 3, 4]), (0.5, 4, [4]), (0.5, 9, []), (0.0, 2, [])])
+def test_members_that_are_distilled(alpha, kd_from, distilled):
+    """From kd_from on, but the first has nobody to learn from."""
+    trainer = random_trainer(num_models=4, kd_alpha=alpha, kd_from=kd_from)
+    data = data_of([np.full(500, BOS)])
+    assert [n for n in range(1, 5) if Member(n, trainer, data).distill] == distilled
+
+
+# ---- how members begin ----
+
+def float32_trainer(**changes):
+    config = small_config(**changes)
+    return Trainer(config, start_runtime(config))
+
+
+def test_members_begin_afresh():
+    """Weights by the member's seed, an optimizer without a past."""
+    trainer = float32_trainer(num_models=2)
+    for seed in (11, 12):
+        trainer.start_member(seed - 10, seed)
+        assert_same_weights(trainer.model, GPT(trainer.config).init_weights(seed).state_dict())
+        assert trainer.optimizer.steps == 0
+        assert not any(state.any() for group in trainer.optimizer.groups
+                       for state in group.state.values())
+        trainer.optimizer.steps = 9
+        for group in trainer.optimizer.groups:
+            for state in group.state.values():
+                state.fill_(3)
+
+
+def test_members_that_continue_are_perturbed_and_keep_the_optimizer():
+    """p + s std(p) N(0, 1), where s falls from 0.25 to 0.05 along a cosine."""
+    trainer = float32_trainer(num_models=5, continue_members=True, model_dim=96,
+                              perturb_start=0.25, perturb_end=0.05)
+    model = trainer.model
+    trainer.start_member(1, 1001)
+    assert_same_weights(model, GPT(trainer.config).init_weights(1001).state_dict())
+    optimizer = trainer.optimizer
+    optimizer.steps = 17
+    optimizer.groups[0].state["momentum" if optimizer.groups[0].kind.stacked
+                              else "first_moment"].fill_(3)
+    noises = []
+    for number in range(2, 6):
+        before = weights_of(model)
+        trainer.start_member(number, 1000 + number)
+        strength = 0.05 + 0.2 * (1 + math.cos(math.pi * (number - 2) / 3)) / 2
+        for name, p in model.named_parameters():
+            std = before[name].std(correction=0)
+            if p.numel() > 1000 and std:
+                noise = (p.detach() - before[name]) / std
+                assert noise.std().item() == pytest.approx(strength, rel=0.05), name
+                assert noise.mean().abs() < 0.1 * strength, name
+            elif not std:
+                assert torch.equal(p, before[name]), name
+        noises.append(model.wte.weight.detach() - before["wte.weight"])
+        assert trainer.optimizer is optimizer and optimizer.steps == 17
+        assert any((state == 3).all() for state in optimizer.groups[0].state.values())
+    assert all(correlation(a, b) < 0.05 for a, b in zip(noises, noises[1:]))
+
+
+def test_member_that_continues_after_a_stop_begins_as_without_it():
+    """With the optimizer of a state that was saved when the member before was done."""
+    changes = dict(num_models=3, continue_members=True, dropout=0.3)
+    trainer = float32_trainer(**changes)
+    data = data_of([np.append(BOS, np.arange(50))] * 4)
+    member = Member(1, trainer, data)
+    trainer.start_member(1, member.seed)
+    train_step(trainer, member, SILENT)
+    state = collect_state(trainer, member)
+    weights = weights_of(trainer.model)
+    resumed = float32_trainer(**changes)
+    resumed.model.load_state_dict(weights)
+    for one in (trainer, resumed):
+        one.start_member(2, 1002, state)
+    assert_same_weights(resumed.model, weights_of(trainer.model))
+    assert resumed.optimizer.steps == 1
+    for group, other in zip(trainer.optimizer.groups, resumed.optimizer.groups):
+        assert any(part.any() for part in group.state.values())
+        for kind, part in group.state.items():
+            assert torch.equal(other.state[kind], part), (group.names, kind)
+
+
+def test_processes_begin_alike_and_drop_out_differently():
+    trainer = float32_trainer(dropout=0.5)
+    tokens = random_tokens(trainer.config, 2, 12)
+
+    def begin():
+        trainer.start_member(1, 1001)
+        return weights_of(trainer.model), trainer.model(tokens).detach()
+
+    first, second = on_every_rank(trainer, 2, begin)
+    again = begin()
+    assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])
+    assert not torch.equal(first[1], second[1])
+    assert torch.equal(first[1], again[1])
+
+
+# ==== What every step is given ==================================================================
+SCHEDULES = dict(
+    num_models=5, num_epochs=4, batch_rows=8, edge_batch_rows=6, kd_from=3, kd_alpha=0.5,
+    lr_warmdown=0.5, lr_power=0.5, lr_floor=0.1, sawtooth_epochs=1, sawtooth_floor=0.05,
+    wd_schedule="0:1,0.5:0.25,0.5:2,1:3", momentum=0.9, momentum_start=0.6, momentum_steps=11,
+    loop_start=1, loop_end=1, loop_count=2, loop_from_epoch=1, recurrence_from=0.75,
+    window_schedule="0:0.25:0.5,0.5:0.5:1", window_pattern="SL", dropout=0.1,
+    second_weight="0:0.6,0.5:0", third_weight="", average="last", device_batch_size=8)
+
+
+class WatchedTrainer(Trainer):
+    """Puts down what each step computes with, in `steps` of the class."""
+    steps = []
+
+    def gradients(self, inputs, targets, progress, distill):
+        self.steps.append(SimpleNamespace(
+            rows=len(inputs), progress=progress, first=tuple(inputs[0].tolist()), losses=[],
+            is_training=all(module.training for module in self.model.modules()),
+            teacher_rests=not any(module.training for module in self.teacher.modules()),
+            taught_by=weights_of(self.teacher), weights=weights_of(self.model)))
+        return super().gradients(inputs, targets, progress, distill)
+
+    def backward(self, inputs, targets, plan):
+        self.steps[-1].losses.append(plan.loss)
+        self.steps[-1].specs = plan.specs
+        return super().backward(inputs, targets, plan)
+
+    def start_member(self, *arguments):
+        super().start_member(*arguments)
+        step = self.optimizer.step
+
+        def watched(lr, wd, momentum):
+            vars(self.steps[-1]).update(lr=lr, wd=wd, momentum=momentum)
+            step(lr, wd, momentum)
+            self.steps[-1].after = weights_of(self.model)
+
+        self.optimizer.step = watched
+
+
+@pytest.fixture(scope="module")
+def training(small_data, tmp_path_factory):
+    """[[one namespace a step] a member], Config of a whole run with every schedule there is."""
+    WatchedTrainer.steps.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "Trainer", WatchedTrainer)
+        run = train(tmp_path_factory.mktemp("training"), "--track=cpu", f"--dataset={small_data}",
+                    *SMALL_DATA, *(f"--{name}={value}" for name, value in SCHEDULES.items()))
+    members = []
+    for step in WatchedTrainer.steps:
+        if step.progress == 0:
+            members.append([])
+        members[-1].append(step)
+    WatchedTrainer.steps.clear()
+    config = make_config(**{name: parse(name, value) if isinstance(value, str) else value
+                            for name, value in run.result["config"].items()})
+    assert [m["step"] for m in run.steps] == [i for member in members
+                                              for i in range(1, len(member) + 1)]
+    return members, config
+
+
+def test_members_take_their_epochs_and_rows(training, small_data):
+    """4 epochs each; 6 rows a step of the first and the last member, 8 in between."""
+    members, config = training
+    tokens = sum(len(document) for document in load_dataset(small_data, config).train)
+    rows = 4 * math.ceil((tokens - 1) / config.seq_len)
+    assert [member[0].rows for member in members] == [6, 8, 8, 8, 6]
+    for member in members:
+        size = member[0].rows
+        assert len(member) == math.ceil(rows / size) > 10
+        assert all(step.rows == size and step.is_training for step in member)
+        assert [step.progress for step in member] == [i / len(member) for i in range(len(member))]
+    assert len({member[0].first for member in members}) == 5    # each in an order of its own
+
+
+def test_every_step_has_its_learning_rate_decay_and_momentum(training):
+    for member in training[0]:
+        for i, step in enumerate(member):
+            p = step.progress
+            base = 0.1 + 0.9 * min(1.0, (1 - p) / 0.5) ** 0.5
+            in_epoch = 4 * p - 3                        # the last epoch has a tooth
+            tooth = 0.05 + (max(base, 0.05) - 0.05) * (1 + math.cos(math.pi * in_epoch)) / 2
+            assert step.lr == pytest.approx(base if in_epoch < 0 else tooth, abs=1e-9), p
+            assert step.wd == pytest.approx(1 - 1.5 * p if p < 0.5 else 2 + (p - 0.5) * 2), p
+            assert step.momentum == pytest.approx(0.6 + 0.3 * min(1, i / 11)), p
+
+
+def test_every_step_is_in_its_stage(training):
+    """Loops from a quarter on, longer windows from half, all twice from three quarters."""
+    members, config = training
+    width = config.model_dim // config.num_heads
+    for member in members:
+        for step in member:
+            p = step.progress
+            assert step.specs.layer_order == ((0, 1, 1) if p >= 0.25 else (0, 1))
+            assert step.specs.passes == (2 if p >= 0.75 else 1)
+            short, long = (0.5, 1) if p >= 0.5 else (0.25, 0.5)
+            windows = [spec.window for spec in step.specs.attention]
+            assert windows == [short * config.seq_len, long * config.seq_len]
+            yarn = 0.2 * math.log(2) + 1 if p >= 0.5 else 1
+            assert [spec.scale for spec in step.specs.attention] == 2 * [
+                pytest.approx(yarn * width ** -0.5)]
+
+
+def test_every_step_has_its_loss(training):
+    """The second target's weight falls; members from kd_from on are distilled."""
+    for number, member in enumerate(training[0], 1):
+        for step in member:
+            loss, = step.losses
+            assert loss.alpha == (0.5 if number >= 3 else 0)
+            expected = [1, max(0, 0.6 * (1 - step.progress / 0.5)), 0]
+            assert loss.target_weights.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_teacher_is_the_member_before_as_it_ended(training):
+    """In all of a member's steps, and it drops nothing out."""
+    members, _ = training
+    for before, member in zip(members[1:], members[2:]):
+        for step in member:
+            assert step.teacher_rests
+            for name, p in before[-1].after.items():
+                assert torch.equal(step.taught_by[name], p), name
+
+
+def test_members_of_a_run_begin_with_weights_of_their_own(training):
+    begins = [member[0].weights["wte.weight"] for member in training[0]]
+    for a, b in zip(begins, begins[1:]):
+        assert correlation(a, b) < 0.05
+
+
+def test_a_reading_is_the_mean_of_the_steps_since_the_last(small_data, tmp_path):
+    """Also the last one, of fewer steps; nothing else changes."""
+    arguments = ["--track=cpu", f"--dataset={small_data}", *SMALL_DATA, "--num_models=2",
+                 "--kd_alpha=0.5", "--kd_from=2"]
+    each = train(tmp_path, *arguments, "--log_steps=1")
+    some = train(tmp_path, *arguments, "--log_steps=4")
+    steps = [step["step"] for step in some.steps if step["member"] == 2]
+    assert steps == [4, 8, 9]
+    for reading in some.steps:
+        since = max(step for step in (0, 4, 8) if step < reading["step"])
+        covered = [step for step in each.steps if step["member"] == reading["member"]
+                   and since < step["step"] <= reading["step"]]
+        for name in ("train_loss", "kl", "lr_multiplier"):
+            values = [step[name] for step in covered]
+            expected = values[-1] if name == "lr_multiplier" else np.mean(values)
+            assert reading[name] == pytest.approx(expected, rel=1e-6), name
+    assert some.result["val_loss"] == each.result["val_loss"]
+
+
+# ==== Scores ====================================================================================
+@pytest.fixture(scope="module")
+def scorer():
+    """(trainer, tokens [100], log p(target) [99] by one forward pass a token)."""
+    trainer = random_trainer(**STAGED, device_batch_size=2)
+    tokens = random_tokens(trainer.config, 100, seed=3).numpy()
+    T = trainer.config.seq_len
+    expected = []
+    with torch.no_grad():
+        for i in range(1, len(tokens)):
+            seen = torch.from_numpy(tokens[(i - 1) // T * T:i])     # of the row it is in
+            logits = trainer.model.logits(trainer.model(seen[None])[0, -1])
+            expected.append(float(logits.log_softmax(0)[tokens[i]]))
+    return trainer, tokens, np.array(expected)
+
+
+@pytest.mark.parametrize("count", [2, 3, 12, 13, 14, 25, 26, 50, 100])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_token_is_scored_exactly_once(count, world_size, scorer, monkeypatch):
+    trainer, tokens, expected = scorer
+    shares = []
+
+    def gather(part):
+        shares.append(part)
+        return part
+
+    monkeypatch.setattr(trainer.runtime, "all_gather", gather, raising=False)
+    scores = on_every_rank(trainer, world_size, lambda: trainer.score(tokens[:count], BOS))
+    assert len({share.shape for share in shares}) == 1          # as all_gather needs
+    gathered = torch.cat(shares)[:count - 1]
+    assert relative_error(gathered, expected[:count - 1]) < 1e-9
+    if world_size == 1:
+        assert scores[0].dtype == np.float32
+        assert relative_error(scores[0], expected[:count - 1]) < 1e-6
+
+
+def test_splits_are_scored_without_dropout_on_the_clock_of_evaluation(monkeypatch):
+    """And training goes on as before, its clock too. Documents are scored end to end."""
+    trainer = random_trainer(dropout=0.5, stochastic_depth=0.5)
+    tokens = random_tokens(trainer.config, 70, seed=4).numpy().astype(np.uint16)
+    data = SimpleNamespace(bos=BOS, scored={"selection": [tokens[:20]],
+                                            "val": [tokens[20:33], tokens[33:60]]})
+    now = [0.0]
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    trainer.clocks = Clocks()
+    forward = trainer.forward
+
+    def forward_of_a_second(*arguments):
+        now[0] += 1
+        return forward(*arguments)
+
+    trainer.forward = forward_of_a_second
+    now[0] = 10
+    scores = trainer.score_splits(data)
+    assert trainer.clocks.seconds()["eval"] == now[0] - 10 >= 2
+    assert trainer.clocks.training() == pytest.approx(10)
+    assert all(module.training for module in trainer.model.modules())
+    trainer.model.eval()
+    for split, part in (("selection", tokens[:20]), ("val", tokens[20:60])):
+        assert np.array_equal(scores[split], trainer.score(part.astype(np.int64), BOS))
+
+
+# ==== Averages ==================================================================================
+def random_steps(trainer, snapshots):
+    """A train_step that sets random weights, and puts them down."""
+    def step(trainer, member, log):
+        randomize(trainer.model, seed=member.step)
+        snapshots.append(weights_of(trainer.model))
+        member.recent.append({"train_loss": torch.tensor(1.0), "kl": torch.tensor(0.0)})
+        member.step += 1
+    return step
+
+
+def ended(monkeypatch, **changes):
+    """Of a member of 3 epochs of 33 rows: (trainer, data, weights after each step, facts, scores,
+    evaluations)."""
+    trainer = random_trainer(num_epochs=3, **changes)
+    data = data_of([np.full(33 * trainer.config.seq_len + 1, BOS)], ("selection", "val", "holdout"))
+    snapshots = []
+    evaluations = []
+    score_splits = trainer.score_splits
+
+    def counted(data):
+        evaluations.append(len(snapshots))
+        return score_splits(data)
+
+    monkeypatch.setattr(train_gpt, "train_step", random_steps(trainer, snapshots))
+    monkeypatch.setattr(trainer, "score_splits", counted)
+    facts, scores = train_member(1, trainer, data, SILENT)
+    return trainer, data, snapshots, facts, scores, evaluations
+
+
+# average, of how many epochs, by recency -> the weights of the ends of epochs 1, 2, 3
+AVERAGES = [("last", 2, False, (0, 0, 1)), ("last", 2, True, (0, 0, 1)),
+            ("weights", 1, True, (0, 0, 1)), ("weights", 2, False, (0, 1 / 2, 1 / 2)),
+            ("weights", 2, True, (0, 1 / 3, 2 / 3)), ("weights", 9, True, (1 / 6, 2 / 6, 3 / 6)),
+            ("probs", 1, False, (0, 0, 1)), ("probs", 2, True, (0, 1 / 3, 2 / 3)),
+            ("probs", 3, False, (1 / 3, 1 / 3, 1 / 3))]
+
+
+@pytest.mark.parametrize("average, epochs, recency, shares", AVERAGES, ids=str)
+def test_members_end_as_averages_of_ends_of_epochs(average, epochs, recency, shares, monkeypatch):
+    """4 rows a step: steps 9, 17 and 25 complete an epoch. Only means of weights move weights."""
+    trainer, data, snapshots, facts, scores, evaluations = ended(
+        monkeypatch, average=average, average_epochs=epochs, average_recency=recency)
+    assert len(snapshots) == 25
+    ends = [snapshots[step - 1] for step in (9, 17, 25)]
+    if average == "probs":
+        assert_same_weights(trainer.model, snapshots[-1])
+        assert evaluations == [9, 17, 25][-epochs:]
+        by_end = []
+        for weights in ends:
+            trainer.model.load_state_dict(weights)
+            by_end.append(Trainer.score_splits(trainer, data))
+        expected = {split: np.log(sum(share * np.exp(end[split].astype(np.float64))
+                                      for share, end in zip(shares, by_end))) for split in scores}
+    else:
+        mean = {name: sum(share * end[name] for share, end in zip(shares, ends))
+                for name in ends[0]}
+        for name, p in trainer.model.named_parameters():
+            assert relative_error(p, mean[name]) < 1e-12, name
+        assert evaluations == [25]
+        trainer.model.load_state_dict(mean)
+        expected = Trainer.score_splits(trainer, data)
+    assert list(scores) == ["selection", "val", "holdout"]
+    for split, logp in expected.items():
+        assert scores[split].dtype == np.float32
+        assert relative_error(scores[split], logp) < 1e-6
+        assert facts[f"{split}_loss"] == pytest.approx(-logp.mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("average", ["last", "weights", "probs"])
+@pytest.mark.parametrize("batch_rows, epochs", [(60, 2), (60, 1), (99, 1), (128, 2)])
+def test_steps_that_complete_several_epochs(average, batch_rows, epochs, monkeypatch):
+    """The last step completes all of the epochs that are averaged: they are its weights."""
+    trainer, data, snapshots, _, scores, _ = ended(
+        monkeypatch, average=average, average_epochs=epochs, batch_rows=batch_rows)
+    assert_same_weights(trainer.model, snapshots[-1])
+    for split, logp in Trainer.score_splits(trainer, data).items():
+        assert relative_error(scores[split], logp) < 1e-6
+
+
+# ==== Time, speed, FLOPs ========================================================================
+def test_clocks_go_on_from_those_of_earlier_launches(monkeypatch):
+    """Time of compiling before a clock began, in this process, is not its own."""
+    now = [50.0]
+    compiled = {"total_wall_time": 5.0}
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(torch._dynamo.utils, "calculate_time_spent", lambda: compiled)
+    for before in (dict(wall=100.0, compile=7.0, eval=3.0), {}):
+        clocks = Clocks(**before)
+        assert clocks.seconds() == {"wall": 0, "compile": 0, "eval": 0, **before}
+        now[0] += 10
+        compiled["total_wall_time"] += 2
+        clocks.eval += 1
+        assert clocks.seconds() == {"wall": before.get("wall", 0) + 10,
+                                    "compile": before.get("compile", 0) + 2,
+                                    "eval": before.get("eval", 0) + 1}
+        assert clocks.training() == clocks.seconds()["wall"] - sum(
+            clocks.seconds()[kind] for kind in ("compile", "eval"))
+
+
+@pytest.mark.parametrize("world_size, peak, mfu", [(1, 1e6, 0.56), (2, 1e6, 0.28), (1, None, None)])
+def test_facts_of_a_member_by_hand(world_size, peak, mfu, monkeypatch):
+    """4 steps of 4 rows of 12 tokens in 24 s; FLOPs of their stages and of the teacher."""
+    now = [0.0]
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(train_gpt, "peak_flops", lambda device: peak)
+    trainer = random_trainer(**STAGED, **DISTILLED, num_models=2, kd_from=2)
+    trainer.clocks = Clocks()
+    now[0] = 1000                   # what passed before a member is not its time
+    trainer.flops = dict(zip(trainer.stages, (30_000.0, 50_000.0)))
+    trainer.teacher_flops = 30_000.0
+    member = Member(2, trainer, data_of([np.full(8 * 12 + 1, BOS)]))    # 8 rows an epoch
+    trainer.optimizer = SimpleNamespace(step=lambda *rates: None)
+    assert member.rows.num_steps == 4 and member.distill
+    for _ in range(4):
+        now[0] += 7
+        train_step(trainer, member, SILENT)
+    trainer.clocks.eval += 4        # nor is that of an evaluation
+    trainer.runtime.world_size = world_size
+    member.train_loss = 2.5
+    facts = member_facts(trainer, member)
+    assert facts.pop("mfu") == (mfu and pytest.approx(mfu, abs=1e-4))
+    assert facts == {"train_loss": 2.5, "train_seconds": 24.0, "tokens_per_second": 8.0}
+
+
+@pytest.mark.parametrize("recurrence", [0.0, 0.5])
+def test_a_teacher_costs_the_forward_passes_of_the_last_stage(recurrence):
+    """A third of a step's FLOPs, without MTP; both passes of a recurrence are forward only."""
+    trainer = random_trainer(**DISTILLED, loop_start=1, loop_end=2, loop_count=3,
+                             recurrence_from=recurrence, mtp_weight=0.3)
+    config = replace(trainer.config, mtp_weight=0)
+    last = trainer.stages[-1]
+    once = train_gpt.flops_per_token(config, last._replace(passes=1))
+    head = 6 * config.padded_vocab * config.model_dim
+    passes = 2 if recurrence else 1
+    assert 3 * trainer.teacher_flops == pytest.approx(head + passes * (once - head))
+
+
+@pytest.mark.parametrize("limit, seconds, over", [
+    (1.0, (40, 30), True), (1.0, (30, 30), False), (1.0, (30, 20), False), (0.0, (40, 30), False)])
+def test_costs_of_a_run_by_hand(limit, seconds, over):
+    """Minutes of training, of all members; speeds are means by time."""
+    trainer = SimpleNamespace(config=small_config(time_limit=limit),
+                              clocks=SimpleNamespace(seconds=lambda: dict(
+                                  wall=99.0, compile=5.0, eval=3.0)))
+    members = [dict(train_seconds=seconds[0], tokens_per_second=100.0, mfu=0.5),
+               dict(train_seconds=seconds[1], tokens_per_second=200.0, mfu=None)]
+    costs = run_costs(trainer, members, 77)
+    total = sum(seconds)
+    assert costs["over_time_limit"] is over
+    assert costs["train_seconds"] == total and costs["peak_memory_bytes"] == 77
+    assert (costs["wall_seconds"], costs["compile_seconds"], costs["eval_seconds"]) == (99, 5, 3)
+    assert costs["tokens_per_second"] == pytest.approx(
+        (100 * seconds[0] + 200 * seconds[1]) / total, abs=0.1)
+    assert costs["mfu"] == pytest.approx(0.5 * seconds[0] / total, abs=1e-4)
+
+
+def test_a_run_over_its_time_limit_says_so(tmp_path):
+    """And the same result without the limit does not."""
+    run = train(tmp_path, "--track=cpu", "--num_models=1", "--time_limit=0.0001")
+    times = re.search(r"^time .*$", run.log, re.MULTILINE)[0]
+    assert times.endswith("; OVER the track's time limit")
+    assert run.result["over_time_limit"] is True
+    assert not any("OVER" in line for line in result_lines({**run.result,
+                                                            "over_time_limit": False}))
+
+
+# ==== Numbers that are not finite ===============================================================
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    code, _, err = main(*TINY, "--track=cpu", f"--runs_dir={tmp_path}", "--run_id=run",
+                        "--embed_lr=1e15", "--head_lr=1e15")
+    assert code == 2
+    assert re.fullmatch(r"error: member 1, step \d+: the loss is not finite; [^\n]*_lr\n", err)
+    assert not (tmp_path / "run/result.json").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("poisoned", [6, 13])
+def test_weights_that_are_not_finite_are_never_saved(poisoned, value, tmp_path, monkeypatch):
+    """By a gradient of a step whose loss is finite: the state stays that of the step before."""
+    steps = []
+    gradients = Trainer.gradients
+
+    def spoilt(trainer, *arguments):
+        sums = gradients(trainer, *arguments)
+        steps.append(sums)
+        if len(steps) == poisoned:
+            trainer.model.blocks[1].mlp.proj.weight.grad[3, 2] = value
+        return sums
+
+    monkeypatch.setattr(Trainer, "gradients", spoilt)
+    code, _, err = main(*TINY, "--track=cpu", f"--runs_dir={tmp_path}", "--run_id=run",
+                        "--save_minutes=0.000001")
+    assert code == 2
+    assert re.fullmatch(rf"error: member 1, step {poisoned}: a weight is not finite;"
+                        r" [^\n]*_lr\n", err)
+    lines = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, poisoned + 1))
+    tensors, facts = read_tensors(tmp_path / "run/state.safetensors")
+    assert facts["step"] == poisoned - 1
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert not list((tmp_path / "run").glob("members/*"))

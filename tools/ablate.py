@@ -1,16 +1,16 @@
 """What each technique is worth: records/ABLATIONS.md, made from runs of the `cpu` track.
 
-    python records/ablate.py                    run what is missing, then write the table
-    python records/ablate.py --ensemble         the same of whole jobs, for the rows of ENSEMBLE
-    python records/ablate.py --jobs=2           two runs side by side, one thread each
-    python records/ablate.py --only=xsa,iha     runs of some rows only
-    python records/ablate.py --seeds=1          the first seed of 3 only
-    python records/ablate.py --dtype=bfloat16   where the processor multiplies it fast
-    python records/ablate.py --write            no runs, only the table
+    python tools/ablate.py                      run what is missing, then write the table
+    python tools/ablate.py --ensemble           the same of whole jobs, for the rows of ENSEMBLE
+    python tools/ablate.py --jobs=2             two runs side by side, one thread each
+    python tools/ablate.py --only=xsa,iha       runs of some rows only
+    python tools/ablate.py --seeds=1            the first seed of 3 only
+    python tools/ablate.py --dtype=bfloat16     where the processor multiplies it fast
+    python tools/ablate.py --write              no runs, only the table
 
 Each row flips one technique from the track's settings: off if they have it, else on. A run is one
 member (or, with --ensemble, the whole job) for each of 3 seeds; a difference is paired by seed, on
-minus off. The losses of finished runs are lines of records/ablations.jsonl and are never measured
+minus off. The losses of finished runs are lines of tools/ablations.jsonl and are never measured
 again, not even when the track's settings have changed since (see BASES). Choices are made on the
 column `selection`; val is shown beside it.
 """
@@ -24,18 +24,17 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from records.checkpoint import FREE  # noqa: E402 (a script of this folder)
-from train_gpt import make_config  # noqa: E402
+from _runs import ROOT, run_tool
+from train_gpt import FREE, as_text, make_config
 
 RUNS = ROOT / "runs" / "ablations"
-RESULTS, TABLE = ROOT / "records" / "ablations.jsonl", ROOT / "records" / "ABLATIONS.md"
+RESULTS = ROOT / "tools" / "ablations.jsonl"
+TABLE = ROOT / "records" / "ABLATIONS.md"
 SEEDS = (2, 3, 1)
 # Bases: flags that lead from the track's settings to those in which a technique is flipped. The
 # last ones are settings that the track had before, whose pairs of runs count as well.
@@ -44,9 +43,9 @@ EARLIER = (f"{BEFORE} normuon_beta2=0.95 resid_init=1 x0_init=0.1 softcap=15 pro
            " window_schedule=")
 BASES = ("dtype=float32", "dtype=bfloat16", f"dtype=float32 {BEFORE}", f"dtype=bfloat16 {BEFORE}",
          *(f"{flags} {EARLIER}" for flags in (
-             "dtype=float32", "dtype=bfloat16", "dropout=0.1", "dropout=0.1 compile_model=whole",
-             "unet=true dropout=0.1", "unet=true dropout=0.1 compile_model=whole", "unet=true",
-             "unet=true compile_model=whole")))
+             "dtype=float32", "dtype=bfloat16", "dropout=0.1", "dropout=0.1 compile_model=true",
+             "unet=true dropout=0.1", "unet=true dropout=0.1 compile_model=true", "unet=true",
+             "unet=true compile_model=true")))
 
 # name: (fields when off, fields when on, the change of val loss that its authors measured)
 TECHNIQUES = {
@@ -74,8 +73,7 @@ TECHNIQUES = {
     "sliding windows SSSL": ("window_pattern=L", "window_pattern=SSSL", ""),
     "half RoPE and key offset": (
         "rope_fraction=1 key_offset=false", "rope_fraction=0.5 key_offset=true", "-0.009 (#29)"),
-    "XSA, fixed": ("xsa=", "xsa=fixed", "-0.002 (#36)"),
-    "XSA, learned": ("xsa=", "xsa=learned", "-0.003 (#91)"),
+    "XSA": ("xsa=false", "xsa=true", "-0.003 (#91)"),
     "IHA": ("iha=false", "iha=true", "-0.008 (#69)"),
     "layers 1-2 looped twice": (
         "loop_count=1", "loop_start=1 loop_end=2 loop_count=2 loop_from_epoch=4", "-0.010 (#34)"),
@@ -84,10 +82,6 @@ TECHNIQUES = {
         "window_schedule=", "window_schedule=0:0.25:0.5,0.5:0.5:1", "-0.006 (#86)"),
     "softcap": ("softcap=0", "softcap=15", ""),
     "proj init normal": ("proj_init=zero", "proj_init=normal", "-0.007 (#59)"),
-    "proj init depth": ("proj_init=normal", "proj_init=depth", "0.000 (#59)"),
-    "proj init uniform": ("proj_init=normal", "proj_init=uniform", "+0.003 (#59)"),
-    "proj init xavier": ("proj_init=normal", "proj_init=xavier", "+0.003 (#59)"),
-    "proj init small": ("proj_init=normal", "proj_init=small", "+0.003 (#59)"),
     "dropout": ("dropout=0", "dropout=0.1", ""),
     "stochastic depth": ("stochastic_depth=0", "stochastic_depth=0.05", "-0.003 (#62)"),
     "MTP block": ("mtp_weight=0", "mtp_weight=0.3", "-0.005 (#65)"),
@@ -97,14 +91,7 @@ TECHNIQUES = {
     "meta-gradient": (
         "meta_lr=0", "meta_lr=0.5 meta_rows=4 meta_decay=true device_batch_size=4",
         "-0.012 (#98)"),
-    "EMA": ("average=last", "average=ema", "-0.012 (#43)"),
     "weights of 3 epochs": ("average=last", "average=weights average_epochs=3", ""),
-    "random token replacement": ("token_noise=0", "token_noise=0.05", "arXiv 2606.16246"),
-    "masked-input loss": ("masked_weight=0", "masked_weight=0.5", "arXiv 2606.06888"),
-    "document masks": ("document_mask=false", "document_mask=true", "-0.009 (#67)"),
-    "documents shuffled each epoch": (
-        "shuffle=rows", "shuffle=documents", "-0.013, -0.007 (#76)"),
-    "rows shuffled each epoch": ("shuffle=none", "shuffle=rows", "-0.026 (#7)"),
     "data subset of 80 %": ("subset_fraction=1", "subset_fraction=0.8", ""),
     "layers 1-2 run 4 times": (
         "loop_count=1", "loop_start=1 loop_end=2 loop_count=4 loop_from_epoch=4", ""),
@@ -113,18 +100,17 @@ TECHNIQUES = {
         "normuon_beta2=0.95 resid_init=1 x0_init=0.1 softcap=15 proj_init=normal", ""),
     "chain distillation": ("kd_alpha=0", "kd_alpha=0.5", "-0.02 and more"),
     "distillation at T=2": ("kd_temperature=1", "kd_temperature=2", ""),
-    "first member left out": ("include_first=true", "include_first=false", "in unlimited"),
     "snapshots: members continue, perturbed": (
-        "continue_members=false", "continue_members=true num_epochs=4 first_epochs=8",
+        "continue_members=false", "continue_members=true num_epochs=4",
         "in unlimited"),
 }
 # Rows whose whole job is run too, and those that a single member cannot show.
-ENSEMBLE_ONLY = ("chain distillation", "distillation at T=2", "first member left out",
+ENSEMBLE_ONLY = ("chain distillation", "distillation at T=2",
                  "snapshots: members continue, perturbed")
 ENSEMBLE = (*ENSEMBLE_ONLY, "NorMuon, both lambdas, softcap and normal projections",
             "weight decay", "sawtooth lr, probabilities of 3 epochs", "SwiGLU", "U-Net skips",
             "value projections", "attention gate", "QK norm", "window schedule with YaRN",
-            "dropout", "three targets on one head", "EMA", "masked-input loss", "document masks")
+            "dropout", "three targets on one head")
 
 
 @functools.cache
@@ -134,14 +120,13 @@ def config(flags):
 
 @functools.cache
 def settings_of(flags):
-    """What the track with `flags` is, in 12 digits: a hash of the fields that are not default.
+    """What the track with `flags` is, in 12 digits: a hash of the fields that are not off.
 
     Flags that change nothing, and the same settings written in another way, have the same hash; a
     new field of Config, off, does not change it.
     """
-    c = config(flags)
-    kept = {field.name: getattr(c, field.name) for field in fields(c)
-            if field.name not in FREE and getattr(c, field.name) != field.default}
+    kept = {name: as_text(value) for name, value in asdict(config(flags)).items()
+            if value and name not in FREE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -170,7 +155,7 @@ def train(job, threads):
     point = result["ensemble"][-1] if ensemble else result["members"][0]   # the equal mixture
     line = {"settings": settings_of(flags), "flags": flags, "seed": seed, "ensemble": ensemble,
             "selection": round(point["selection_loss"], 5), "val": round(point["val_loss"], 5),
-            "train_seconds": result["train_seconds"], "commit": result["commit"]}
+            "train_seconds": result["train_seconds"]}
     with open(RESULTS, "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(json.dumps(line) + "\n")
@@ -179,7 +164,8 @@ def train(job, threads):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many, of 3")
     parser.add_argument("--only", default="", help="names of rows, or parts of them")
@@ -191,7 +177,7 @@ def main():
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(functools.partial(train, threads=threads), missing_runs(args)))
-    TABLE.write_text(table(), encoding="utf-8")
+    write_table()
 
 
 def join(base, flags):
@@ -216,8 +202,8 @@ def missing_runs(args):
 
 INTRODUCTION = """# Ablations on the `cpu` track
 
-Made by `python records/ablate.py` and `python records/ablate.py --ensemble` from the runs in
-`records/ablations.jsonl`. Each row flips one technique; a difference is the loss with it minus the
+Made by `python tools/ablate.py` and `python tools/ablate.py --ensemble` from the runs in
+`tools/ablations.jsonl`. Each row flips one technique; a difference is the loss with it minus the
 loss without it (negative: it helps), paired by seed, the mean and its standard error over the
 runs counted beside it: one run says little. Member: one of 8 epochs, selection and 50,000 tokens of
 val. Ensemble: the equal mixture of the whole job. Some pairs ran before the track had its present
@@ -250,6 +236,16 @@ def difference(runs, off, on, ensemble):
     return [f"{m:+.4f} ± {e:.4f}" for m, e in zip(mean, error)], len(changes)
 
 
+SOURCES = "## Techniques and their sources\n"       # what begins with it is written by hand
+
+
+def write_table():
+    """The measured table, in front of what is written by hand."""
+    before = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
+    _, heading, sources = before.partition(SOURCES)
+    TABLE.write_text(f"{table()}\n{heading}{sources}".rstrip("\n") + "\n", encoding="utf-8")
+
+
 def table():
     lines = [INTRODUCTION, "| technique | flipped by | in the track | member, selection |"
              " member, val | runs | ensemble, selection | ensemble, val | runs | public |",
@@ -267,4 +263,4 @@ def table():
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

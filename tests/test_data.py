@@ -1,0 +1,498 @@
+"""Shards and rows: what train_gpt.py reads, what it refuses, and the order in which it trains on it.
+
+    python -m pytest tests/test_data.py
+"""
+import hashlib
+import json
+import math
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import shards
+from helpers import BOS, ROOT, TOY, VOCAB, main, make_dataset
+from train_gpt import (Rows, UserError, count_tokens, cut_documents, cut_selection, drop_held_out,
+                       load_dataset, make_config, read_meta, read_shard, split_documents)
+
+# of datasets in this file: 20 documents of train, 4 of val, 4 of holdout, 50 tokens each
+SIZES = dict(vocab_size=VOCAB, train_tokens=400, selection_tokens=60, eval_tokens=0,
+             final_mixture="uniform")
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A sound little dataset that a test may spoil."""
+    return make_dataset(tmp_path / "small", documents=(20, 4, 4))
+
+
+def load(folder, **changes):
+    return load_dataset(folder, make_config("cpu", preset="toy", **{**SIZES, **changes}))
+
+
+def read_tokens(path):
+    """Of a shard, by its format."""
+    return np.frombuffer(path.read_bytes()[1024:], "<u2")
+
+
+def rewrite(path, header=(), tokens=None):
+    """Change header[i] = value, and write `tokens` (or the old ones) behind it."""
+    ints = np.frombuffer(path.read_bytes()[:1024], "<i4").copy()
+    for i, value in dict(header).items():
+        ints[i] = value
+    tokens = read_tokens(path) if tokens is None else np.asarray(tokens, "<u2")
+    path.write_bytes(ints.tobytes() + tokens.tobytes())
+
+
+def with_token(path, index, value):
+    tokens = read_tokens(path).copy()
+    tokens[index] = value
+    rewrite(path, tokens=tokens)
+
+
+def set_facts(folder, key, **facts):
+    """Change what meta.json says of a shard."""
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    meta["splits"][key] |= facts
+    shards.write_meta(folder, meta)
+
+
+def texts(documents):
+    return [document.tolist() for document in documents]
+
+
+# ==== Shards ====================================================================================
+@pytest.mark.parametrize("vocab, bos, tokens", [
+    (64, 63, [63, 1, 2, 63, 0, 62]), (65536, 65535, [65535, 0, 256, 255]),
+    (50304, 0, [0, 7, 0, 50303])])          # 0: <|endoftext|> of GPT-NeoX and others
+def test_what_the_data_scripts_write_is_read(vocab, bos, tokens, tmp_path):
+    path = tmp_path / "a_train_000000.bin"
+    facts = shards.write_shard(path, tokens, vocab, bos)
+    assert facts == {"tokens": len(tokens), "documents": tokens.count(bos),
+                     "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    found, found_bos, sha256 = read_shard(path, vocab, facts["sha256"])
+    assert found.dtype == np.uint16
+    assert (found.tolist(), found_bos, sha256) == (tokens, bos, facts["sha256"])
+    found, *facts = shards.read_shard(path)
+    assert (found.tolist(), facts) == (tokens, [vocab, bos])
+
+
+def test_files_of_other_projects_are_gpt2s(tmp_path):
+    """llm.c and modded-nanogpt leave vocabulary and BOS out of the header."""
+    path = tmp_path / "fineweb_val_000000.bin"
+    tokens = [50256, 5, 50255, 50256, 0]
+    shards.write_shard(path, tokens, 50257, 50256)
+    rewrite(path, {3: 0, 4: 0})
+    found, bos, _ = read_shard(path, 50257)
+    assert (found.tolist(), bos) == (tokens, 50256)
+    with pytest.raises(UserError, match="vocabulary of 50257; set --vocab_size=50257"):
+        read_shard(path, 2048)
+
+
+def be_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+def be_dangling(path):
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def be_unreadable(path):
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
+
+
+def be(content):
+    """content: bytes -> bytes"""
+    return lambda path: path.write_bytes(content(path.read_bytes()))
+
+
+def have(header, tokens=None):
+    return lambda path: rewrite(path, header, tokens)
+
+
+AGAIN, OTHER_VOCABULARY = "fetch or build the dataset again", "set --vocab_size="
+SPOILT = {
+    "magic": (have({0: 1}), "not a token shard", AGAIN),
+    "version": (have({1: 2}), "not a token shard", AGAIN),
+    "empty": (be(lambda _: b""), "not a token shard", AGAIN),
+    "half a header": (be(lambda held: held[:1000]), "not a token shard", AGAIN),
+    "noise": (be(lambda _: np.random.default_rng(1).bytes(4000)), "not a token shard", AGAIN),
+    "only a header": (be(lambda held: held[:1024]), "damaged", AGAIN),
+    "truncated": (be(lambda held: held[:-2]), "damaged", AGAIN),
+    "half a token": (be(lambda held: held[:-1]), "damaged", AGAIN),
+    "extended": (be(lambda held: held + b"\0\0"), "damaged", AGAIN),
+    "no tokens": (have({2: 0}, []), "damaged", AGAIN),
+    "one token": (have({2: 1}, [BOS]), "damaged", AGAIN),
+    "negative count": (have({2: -1}), "damaged", AGAIN),
+    "huge count": (have({2: 2 ** 31 - 1}), "damaged", AGAIN),
+    "token out of range": (lambda path: with_token(path, 7, VOCAB), f"below {VOCAB}", AGAIN),
+    "no BOS": (lambda path: with_token(path, 0, 5), f"begin with BOS {BOS}", AGAIN),
+    "negative BOS": (have({4: -1}), "begin with BOS -1", AGAIN),
+    "other vocabulary": (have({3: 101}), "vocabulary of 101", OTHER_VOCABULARY + "101"),
+    "negative vocabulary": (have({3: -5}), "vocabulary of -5", OTHER_VOCABULARY),
+    "directory": (be_directory, "cannot be read", "directory"),
+    "dangling": (be_dangling, "cannot be read", "No such file"),
+    "unreadable": (be_unreadable, "cannot be read", "Permission"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_spoilt_shard(name, dataset):
+    """Even if nothing is known of its SHA-256; the message says which file, and what to do."""
+    spoil, what, remedy = SPOILT[name]
+    path = dataset / "small_val_000000.bin"
+    spoil(path)
+    with pytest.raises(UserError) as error:
+        read_shard(path, VOCAB)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ")
+    assert what in message and remedy in message
+
+
+def test_sha256_finds_every_flipped_bit(dataset):
+    path = dataset / "small_val_000000.bin"
+    sound = path.read_bytes()
+    sha256 = hashlib.sha256(sound).hexdigest()
+    random = np.random.default_rng(1)
+    for bit in random.choice(8 * len(sound), 300, replace=False):
+        held = bytearray(sound)
+        held[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(held)
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            read_shard(path, VOCAB, sha256)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "holdout"])
+@pytest.mark.parametrize("sha256", ["", 5, "0" * 64])
+def test_sha256_of_another_file(split, sha256, dataset):
+    set_facts(dataset, f"{split}_000000", sha256=sha256)
+    with pytest.raises(UserError, match=f"{split}_000000.bin: damaged, .*SHA-256 in meta.json"):
+        load(dataset)
+
+
+# ==== Documents =================================================================================
+def random_documents(count, seed=0, longest=9):
+    random = np.random.default_rng(seed)
+    lengths = random.integers(0, longest, count)
+    return [np.append(BOS, random.integers(0, BOS, n)).astype(np.uint16) for n in lengths]
+
+
+def test_documents_are_split_at_every_bos():
+    documents = random_documents(50)        # some have nothing but BOS
+    tokens = np.concatenate(documents)
+    found = split_documents(tokens, BOS)
+    assert texts(found) == texts(documents)
+    assert all(np.shares_memory(document, tokens) for document in found)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_budget_is_met_to_the_token(seed):
+    documents = random_documents(20, seed)
+    tokens = np.concatenate(documents).tolist()
+    for budget in range(1, len(tokens) + 5):
+        kept = cut_documents(documents, budget)
+        assert np.concatenate(kept).tolist() == tokens[:budget]
+        assert texts(kept[:-1]) == texts(documents[:len(kept) - 1])
+    assert texts(cut_documents(documents, math.inf)) == texts(documents)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_selection_is_the_least_number_of_whole_documents(seed):
+    documents = random_documents(20, seed)
+    for wanted in range(count_tokens(documents) - len(documents[-1]) + 1):
+        train, selection = cut_selection(documents, make_config(
+            "cpu", selection_tokens=wanted, final_mixture="uniform"))
+        assert texts(selection + train) == texts(documents)
+        assert count_tokens(selection) >= wanted
+        assert not selection or count_tokens(selection[:-1]) < wanted
+        assert train
+
+
+def test_selection_that_leaves_nothing_is_refused():
+    documents = random_documents(20)
+    for wanted in (count_tokens(documents), count_tokens(documents) - len(documents[-1]) + 1):
+        with pytest.raises(UserError, match="--selection_tokens takes all .*; lower it"):
+            cut_selection(documents, make_config("cpu", selection_tokens=wanted))
+
+
+@pytest.mark.parametrize("held_out, repeated, refused", [
+    (200, 1, False), (199, 1, True), (400, 2, False), (400, 3, True), (10, 0, False)])
+def test_a_few_held_out_documents_are_dropped_and_many_refused(held_out, repeated, refused,
+                                                               tmp_path):
+    """Up to half a percent is what the web repeats; more, and the splits overlap."""
+    documents = [np.array([BOS, n % BOS, n // BOS], np.uint16) for n in range(held_out + 100)]
+    train, other = documents[:100], documents[100:]
+    mixed = [*train[:50], *other[:repeated], *train[50:]]
+    if refused:
+        with pytest.raises(UserError) as error:
+            drop_held_out(tmp_path, mixed, other)
+        assert str(error.value).startswith(f"{tmp_path}: {repeated} documents of train ")
+        assert "overlap" in str(error.value)
+        return
+    kept, notes = drop_held_out(tmp_path, mixed, other)
+    assert texts(kept) == texts(train)
+    assert len(notes) == min(1, repeated)
+    assert all(f" {repeated} documents of train left out" in note for note in notes)
+
+
+# ==== Datasets ==================================================================================
+def test_sound_dataset(dataset):
+    data = load(dataset)
+    split = {name: np.split(read_tokens(dataset / f"small_{name}_000000.bin"), count)
+             for name, count in (("train", 20), ("val", 4), ("holdout", 4))}
+    assert data.bos == BOS
+    assert texts(data.scored["selection"]) == texts(split["train"][:2])     # 60 tokens of 50
+    assert texts(data.train) == texts(split["train"][2:8])                  # of 400 in all
+    for name in ("val", "holdout"):
+        assert texts(data.scored[name]) == texts(split[name])
+    assert list(data.scored) == ["selection", "val", "holdout"]
+    assert data.hashes == {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                           for path in dataset.glob("*.bin")}
+    assert data.bytes_per_token == {"train": 0, "val": 0, "holdout": 0}     # not in meta.json
+    assert data.meta == json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
+    assert data.notes == []
+
+
+def test_sizes_that_are_asked_for(dataset):
+    data = load(dataset, train_tokens=777, selection_tokens=0, eval_tokens=120)
+    assert count_tokens(data.train) == 777
+    assert [len(document) for document in data.train] == [50] * 15 + [27]
+    assert list(data.scored) == ["val", "holdout"]
+    for split in ("val", "holdout"):
+        assert [len(document) for document in data.scored[split]] == [50, 50, 20]
+
+
+def test_shards_of_a_split_are_one_text_in_the_order_of_their_names(tmp_path):
+    """A shard that the budget does not need is not read: it may be damaged or half fetched."""
+    folder = tmp_path / "many"
+    for index in (2, 0, 1):
+        for split in ("train", "val", "holdout"):
+            tokens = np.full(100, 10 * index + len(split), np.uint16)
+            tokens[::25] = BOS
+            shards.write_shard(folder / f"many_{split}_{index:06d}.bin", tokens, VOCAB, BOS)
+    rewrite(folder / "many_train_000002.bin", {0: 1})
+    data = load(folder, train_tokens=200, selection_tokens=0)
+    assert [document[1] for document in data.train] == [5] * 4 + [15] * 4
+    assert [document[1] for document in data.scored["val"]] == [3] * 4 + [13] * 4 + [23] * 4
+    assert "many_train_000002.bin" not in data.hashes
+    assert len(data.hashes) == 8
+    with pytest.raises(UserError, match="many_train_000002.bin"):
+        load(folder, train_tokens=201, selection_tokens=0)
+
+
+def test_bytes_of_text_a_token(tmp_path):
+    """Of all shards of a split that were read, whatever part of them is scored."""
+    folder = tmp_path / "many"
+    for split in ("train", "val", "holdout"):
+        for index in range(2):
+            tokens = [BOS, len(split), *range(98)]
+            shards.write_shard(folder / f"many_{split}_{index:06d}.bin", tokens, VOCAB, BOS)
+    facts = {"train_000000": 250, "val_000000": 300, "val_000001": 400, "holdout_000001": None}
+    shards.write_meta(folder, {"splits": {key: {"text_bytes": size}
+                                          for key, size in facts.items()}})
+    data = load(folder, train_tokens=90, selection_tokens=0, eval_tokens=7)
+    assert data.bytes_per_token == {"train": 2.5, "val": 3.5, "holdout": 0}
+
+
+@pytest.mark.parametrize("split, name", [
+    ("train", "fineweb"), ("val", "prose"), ("holdout", "fineweb"), ("val", "my_text")])
+def test_missing_split_names_the_command(split, name, dataset):
+    (dataset / f"small_{split}_000000.bin").unlink()
+    dataset = dataset.rename(dataset.parent / name)
+    script = name if (ROOT / f"data/{name}.py").exists() else "YOUR_SCRIPT"
+    with pytest.raises(UserError) as error:
+        load(dataset)
+    assert str(error.value) == f"{dataset}: no {split} shards; get them: python data/{script}.py"
+
+
+def test_folder_that_is_none(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("nowhere", "file"):
+        with pytest.raises(UserError, match=f"{tmp_path / name}: no train shards"):
+            load(tmp_path / name)
+
+
+def test_more_tokens_than_there_are(dataset):
+    assert count_tokens(load(dataset, train_tokens=1000, selection_tokens=0).train) == 1000
+    with pytest.raises(UserError) as error:
+        load(dataset, train_tokens=1001)
+    message = str(error.value)
+    assert message.startswith(f"{dataset}: 1,000 tokens in train")
+    assert "--train_tokens=1001" in message and "lower it" in message
+
+
+@pytest.mark.parametrize("split", ["val", "holdout"])
+def test_held_out_documents_in_train(split, dataset):
+    repeated = read_tokens(dataset / "small_train_000000.bin")[50:100]
+    path = dataset / f"small_{split}_000000.bin"
+    facts = shards.write_shard(path, np.append(read_tokens(path), repeated), VOCAB, BOS)
+    set_facts(dataset, f"{split}_000000", **facts)
+    with pytest.raises(UserError, match=f"{dataset}: 1 documents of train .* overlap"):
+        load(dataset)
+
+
+# ==== meta.json =================================================================================
+def test_meta_by_shard(dataset):
+    set_facts(dataset, "val_000000", text_bytes=17)
+    meta, listed = read_meta(dataset)
+    assert meta == json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
+    assert listed == {key: (facts["sha256"], 17 if key == "val_000000" else 0)
+                      for key, facts in meta["splits"].items()}
+
+
+def test_dataset_without_meta_is_read(dataset):
+    (dataset / "meta.json").unlink()
+    assert read_meta(dataset) == ({}, {})
+    assert count_tokens(load(dataset).train) == 300
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", "3", "null", '"text"', '{"splits": 5}', '{"splits": null}', '{"splits": []}',
+    '{"splits": {"train_000000": 5}}', '{"splits": {"val_000000": []}}', "\xff",
+    '{"splits": {"val_000000": {"text_bytes": "many"}}}',
+    '{"splits": {"val_000000": {"text_bytes": [1]}}}'], ids=lambda text: text[:50])
+def test_malformed_meta(text, dataset):
+    (dataset / "meta.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=f"{dataset / 'meta.json'}: cannot be read"):
+        load(dataset)
+
+
+def test_meta_that_is_a_folder(dataset):
+    be_directory(dataset / "meta.json")
+    with pytest.raises(UserError, match=f"{dataset / 'meta.json'}: cannot be read"):
+        load(dataset)
+
+
+# ==== As a user meets it ========================================================================
+def test_check_refuses_a_dataset_in_one_line(dataset):
+    sizes = [f"--{name}={value}" for name, value in SIZES.items()]
+    arguments = ["check", "--track=cpu", *TOY, *sizes, f"--dataset={dataset}"]
+    assert main(*arguments)[0] == 0
+    for name in ("small_train_000000.bin", "small_holdout_000000.bin", "meta.json"):
+        sound = (dataset / name).read_bytes()
+        (dataset / name).write_bytes(sound[:-30])
+        code, out, err = main(*arguments)
+        assert (code, out) == (2, "track cpu, processes 1\n")
+        assert re.fullmatch(f"error: {dataset / name}: [^\n]+\n", err), err
+        (dataset / name).write_bytes(sound)
+
+
+# ==== Rows ======================================================================================
+ROWS_BOS = 60_000
+
+
+def numbered_documents(lengths):
+    """Documents in which every token is distinct, so that each tells where it came from."""
+    ends = np.cumsum(lengths)
+    return [np.arange(end - n, end, dtype=np.uint16) for n, end in zip(lengths, ends)]
+
+
+def random_shapes(count):
+    random = np.random.default_rng(0)
+    return [(tuple(random.integers(1, 30, random.integers(1, 9)).tolist()) + (3,),
+             int(random.integers(1, 40)), int(random.integers(1, 9)), int(random.integers(1, 5)))
+            for _ in range(count)]
+
+
+SHAPES = [      # lengths of the documents, seq_len, batch_rows, epochs
+    ((5, 9, 3), 4, 3, 3), ((7, 1, 1, 20), 8, 2, 2), ((16, 1), 16, 4, 3), ((3, 30, 4, 6), 5, 7, 3),
+    ((2,), 8, 2, 3), ((5, 4), 8, 4, 1), ((4, 4, 1), 4, 1, 2), *random_shapes(20)]
+
+
+def all_steps(rows):
+    return [rows.step(step) for step in range(rows.num_steps)]
+
+
+@pytest.mark.parametrize("lengths, seq_len, batch, epochs", SHAPES)
+def test_steps_are_full_rows_of_consecutive_tokens(lengths, seq_len, batch, epochs):
+    """What is predicted comes first in a row; behind it BOS is read and nothing predicted."""
+    rows = Rows(numbered_documents(lengths), seq_len, batch, epochs, seed=1, bos=ROWS_BOS)
+    used = []                               # of each step, the rows that predict something
+    for x, y in all_steps(rows):
+        assert x.shape == y.shape == (batch, seq_len)
+        assert x.dtype == y.dtype == torch.int64
+        counted = y >= 0
+        predicted = counted.sum(dim=1)
+        assert torch.equal(counted, torch.arange(seq_len) < predicted[:, None])
+        assert (x[~counted] == ROWS_BOS).all()
+        assert (y[~counted] == -1).all()
+        assert torch.equal(x[:, 1:][counted[:, 1:]], y[:, :-1][counted[:, 1:]])
+        used.append(int((predicted > 0).sum()))
+        assert (predicted[:used[-1]] > 0).all()
+    an_epoch = -(-(sum(lengths) - 1) // seq_len)
+    assert used[:-1] == [batch] * (len(used) - 1)       # only the very last step may be smaller
+    assert sum(used) == epochs * an_epoch
+    assert 0 < used[-1] <= batch
+
+
+@pytest.mark.parametrize("lengths, seq_len, batch, epochs", SHAPES)
+def test_every_epoch_predicts_every_token_once(lengths, seq_len, batch, epochs):
+    """And is complete before the next one begins; documents stay whole."""
+    documents, total = numbered_documents(lengths), sum(lengths)
+    rows = Rows(documents, seq_len, batch, epochs, seed=1, bos=ROWS_BOS)
+    pairs = [pair for x, y in all_steps(rows)
+             for pair in zip(x[y >= 0].tolist(), y[y >= 0].tolist())]
+    assert len(pairs) == epochs * (total - 1)
+    for epoch in range(epochs):
+        part = pairs[epoch * (total - 1):(epoch + 1) * (total - 1)]
+        following = dict(part)
+        first = set(range(total)) - set(following.values())
+        assert len(following) == total - 1
+        assert len(first) == 1
+        stream = [first.pop()]
+        while stream[-1] in following:
+            stream.append(following[stream[-1]])
+        assert sorted(stream) == list(range(total))
+        for document in documents:
+            start = stream.index(document[0])
+            assert stream[start:start + len(document)] == document.tolist()
+
+
+def test_rows_depend_on_seed_and_step_only():
+    def make(seed=1, batch=4):
+        return Rows(numbered_documents([7] * 30), 8, batch, 3, seed, ROWS_BOS)
+
+    expected = all_steps(make())
+    steps = list(range(len(expected)))
+    for order in (steps[::-1], steps[1::2] + steps[::2]):
+        other = make()
+        for step in order:
+            assert all(map(torch.equal, other.step(step), expected[step]))
+    total = make().total_rows
+    stream = torch.cat([x for x, _ in expected])[:total]
+    for batch in (1, 3, 8):                 # the sequence of rows is the same for any batch
+        again = torch.cat([x for x, _ in all_steps(make(batch=batch))])[:total]
+        assert torch.equal(again, stream)
+    assert not torch.equal(make(seed=2).step(0)[0], expected[0][0])
+
+
+def test_every_epoch_shuffles_documents():
+    rows = Rows(numbered_documents([8] * 40), 8, 1, 2, seed=1, bos=ROWS_BOS)
+    steps, meetings = all_steps(rows), []
+    for part in (steps[:len(steps) // 2], steps[len(steps) // 2:]):
+        pairs = [pair for x, y in part for pair in zip(x[y >= 0].tolist(), y[y >= 0].tolist())]
+        meetings.append({(a, b) for a, b in pairs if b != a + 1})   # where two documents meet
+    assert min(map(len, meetings)) > 30
+    assert len(meetings[0] & meetings[1]) < 10
+
+
+def test_every_epoch_shuffles_rows():
+    """Seen with one document, whose rows are the same in every epoch."""
+    rows = Rows(numbered_documents([401]), 8, 1, 2, seed=1, bos=ROWS_BOS)
+    first = [int(x[0, 0]) for x, _ in all_steps(rows)]
+    one, two = first[:50], first[50:]
+    assert sorted(one) == sorted(two) == list(range(0, 400, 8))
+    for a, b in ((one, two), (one, sorted(one)), (two, sorted(two))):
+        assert sum(map(int.__eq__, a, b)) < 10
+
+
+def test_epochs_count_rows():
+    rows = Rows(numbered_documents([33]), 8, 3, 3, seed=1, bos=ROWS_BOS)    # 4 rows an epoch
+    assert (rows.rows_per_epoch, rows.total_rows, rows.num_steps) == (4, 12, 4)
+    assert [rows.epoch_of(step) for step in range(5)] == [0, 0.75, 1.5, 2.25, 3]

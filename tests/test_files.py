@@ -1,0 +1,613 @@
+"""A run's files: written whole, checked when read, claimed by one process, and what may go on.
+
+    python -m pytest tests/test_files.py
+"""
+import json
+import os
+import shutil
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import losses, main, make_dataset, randn, read_run
+from safetensors.torch import load_file, save_file
+
+import train_gpt
+from train_gpt import (
+    FIELDS, FREE, Log, States, UserError, as_text, claim, digest, identify, make_config,
+    random_state, read_tensors, remembered_signals, set_random_state, source_files, write_json,
+    write_tensors, write_whole)
+
+CPU = torch.device("cpu")
+TENSORS = {"a": torch.arange(9.0).view(3, 3), "b": torch.ones(3, dtype=torch.int8)}
+FACTS = {"step": 3}
+
+
+def never(*_, **__):
+    raise AssertionError("this must not happen")
+
+
+def assert_equal(ours, theirs):
+    """{name: tensor}, twice."""
+    assert set(ours) == set(theirs)
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+
+
+# ==== Writing ===================================================================================
+class Failure(Exception):
+    pass
+
+
+def fail(*_):
+    raise Failure
+
+
+def write_nothing(beside):
+    raise Failure
+
+
+def write_half(beside):
+    beside.write_text("ne")
+    raise Failure
+
+
+def write_interrupted(beside):
+    beside.write_text("ne")
+    raise KeyboardInterrupt
+
+
+def write_all(beside):
+    beside.write_text("new")
+
+
+@pytest.mark.parametrize("write, broken", [
+    (write_nothing, ""), (write_half, ""), (write_interrupted, ""), (write_all, "fsync"),
+    (write_all, "replace")])
+@pytest.mark.parametrize("before", [None, "old"])
+def test_of_a_failure_nothing_is_left(before, write, broken, tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    if before:
+        path.write_text(before)
+    if broken:
+        monkeypatch.setattr(os, broken, fail)
+    with pytest.raises((Failure, KeyboardInterrupt)):
+        write_whole(path, write)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ([before] if before else [])
+
+
+def test_a_file_is_flushed_whole_before_it_takes_its_place(tmp_path, monkeypatch):
+    path = tmp_path / "folder/file.json"
+    calls = []
+    fsync, replace_file = os.fsync, os.replace
+
+    def seen_fsync(number):
+        calls.append(("flush", os.fstat(number).st_size, path.exists()))
+        fsync(number)
+
+    def seen_replace(source, target):
+        calls.append(("rename", Path(source).read_text(), Path(target) == path))
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(os, "replace", seen_replace)
+    write_whole(path, write_all)
+    assert calls == [("flush", 3, False), ("rename", "new", True)]
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"] and path.read_text() == "new"
+
+
+# ==== Tensors ===================================================================================
+def test_tensors_and_facts_come_back_exactly(tmp_path):
+    path = tmp_path / "members/001.logp.safetensors"
+    odd = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])
+    tensors = {"odd": odd.view(torch.int32), "half": randn(2, 3, dtype=torch.bfloat16),
+               "double": randn(4), "number": torch.tensor(7), "none": torch.empty(0, 5),
+               "random": torch.get_rng_state(), "täglich": torch.tensor([True, False])}
+    facts = {"step": 3, "loss": 0.1 + 0.2, "clocks": {"wall": 1e-9}, "name": "Ärger\n\"", "no": None}
+    write_tensors(path, tensors, facts)
+    found, found_facts = read_tensors(path)
+    assert_equal(found, tensors)
+    assert found_facts == facts
+    assert path.stat().st_mode & 0o444 == 0o444         # whoever shares the folder may read it
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """Bytes of a file that write_tensors wrote."""
+    path = tmp_path_factory.mktemp("sound") / "file.safetensors"
+    write_tensors(path, TENSORS, FACTS)
+    return path.read_bytes()
+
+
+def assert_refused(path):
+    """In one line that names the file, and by a UserError."""
+    with pytest.raises(UserError) as error:
+        read_tensors(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_flipped_bit_is_found(sound, tmp_path):
+    path = tmp_path / "file.safetensors"
+    for bit in range(8 * len(sound)):
+        held = bytearray(sound)
+        held[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(held)
+        assert_refused(path)
+
+
+def test_a_file_that_is_cut_off_or_too_long_is_found(sound, tmp_path):
+    path = tmp_path / "file.safetensors"
+    for size in range(len(sound)):
+        path.write_bytes(sound[:size])
+        assert_refused(path)
+    path.write_bytes(sound + b"\0")
+    assert_refused(path)
+
+
+class Executed:
+    """Its pickle makes a folder when it is loaded."""
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def as_pickle(path):
+    torch.save(Executed(str(path.parent / "executed")), path)
+
+
+def as_folder(path):
+    path.mkdir()
+
+
+def as_nothing(path):
+    pass
+
+
+def as_dangling_link(path):
+    path.symlink_to("nowhere")
+
+
+def as_text_file(path):
+    path.write_text('{"a": [1, 2, 3]}')
+
+
+def as_noise(path):
+    path.write_bytes(bytes(range(7, 256)) * 20)
+
+
+def as_foreign_safetensors(path):
+    save_file(TENSORS, path)
+
+
+def as_foreign_metadata(path):
+    save_file(TENSORS, path, {"facts": "{}", "format": "pt"})
+
+
+def as_facts_of_another(path):
+    text = json.dumps({"step": 4})
+    save_file(TENSORS, path, {"facts": text, "sha256": digest(TENSORS, json.dumps(FACTS))})
+
+
+@pytest.mark.parametrize("make", [
+    as_pickle, as_folder, as_nothing, as_dangling_link, as_text_file, as_noise,
+    as_foreign_safetensors, as_foreign_metadata, as_facts_of_another])
+def test_a_foreign_file_is_refused(make, tmp_path):
+    path = tmp_path / "file.safetensors"
+    make(path)
+    assert_refused(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_digest_tells_names_shapes_types_and_texts_apart():
+    zeros, ones = torch.zeros(4), torch.ones(4)
+    different = [
+        ({"a": zeros}, ""), ({"b": zeros}, ""), ({"a": zeros.view(2, 2)}, ""),
+        ({"a": zeros.view(1, 4)}, ""), ({"a": zeros.int()}, ""), ({"a": -zeros}, ""), ({}, ""),
+        ({"a": zeros.view(torch.uint8)}, ""), ({"a": zeros}, "text"), ({}, "text"),
+        ({"a": zeros, "b": ones}, ""), ({"a": ones, "b": zeros}, ""), ({"a": ones}, "")]
+    assert len({digest(*arguments) for arguments in different}) == len(different)
+    assert digest({"b": ones, "a": zeros}, "") == digest({"a": zeros, "b": ones}, "")
+    assert digest({"a": torch.eye(3)[:, :2]}, "") == digest({"a": torch.eye(3, 2)}, "")
+
+
+# ==== The lock ==================================================================================
+def fork(act):
+    """Process id of a fork that exits with the code that act() returns."""
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            code = act()
+        finally:
+            os._exit(code)
+    return pid
+
+
+def exit_code(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def toy(runs, **changes):
+    return make_config("cpu", preset="toy", run_id="run", runs_dir=str(runs), **changes)
+
+
+def test_a_run_under_way_is_refused_and_a_stale_lock_taken(tmp_path):
+    reader, writer = os.pipe()
+
+    def hold():
+        _, _, _, lock = claim(toy(tmp_path), {}, True)
+        os.write(writer, b"held")
+        signal.pause()
+        return lock
+
+    holder = fork(hold)
+    try:
+        assert os.read(reader, 4) == b"held"
+        with pytest.raises(UserError) as error:
+            claim(toy(tmp_path), {}, True)
+        assert str(tmp_path / "run") in str(error.value) and "under way" in str(error.value)
+        assert "\n" not in str(error.value)
+        folder, had_run, _, lock = claim(replace(toy(tmp_path), run_id="other"), {}, True)
+        assert (folder, had_run) == (tmp_path / "other", False)
+        lock.close()
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        os.close(reader)
+        os.close(writer)
+    assert (tmp_path / "run/lock").exists()
+    folder, had_run, changes, lock = claim(toy(tmp_path), {}, True)
+    assert (folder, had_run, changes) == (tmp_path / "run", True, [])
+    lock.close()
+
+
+def test_a_run_without_a_name_gets_one(tmp_path):
+    folder, had_run, changes, lock = claim(replace(toy(tmp_path), run_id="", seed=7), {}, True)
+    lock.close()
+    assert folder.parent == tmp_path and not had_run and not changes
+    assert folder.name.startswith("cpu_2") and folder.name.endswith("_seed7")
+
+
+# ==== The run's identity ========================================================================
+HASHES = {"small_train_000000.bin": "1" * 64, "small_val_000000.bin": "2" * 64}
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """(config, folder) of a run that has begun, and is finished as far as identify knows."""
+    config = toy(tmp_path, ngram_order=2)
+    assert identify(config, tmp_path, HASHES) == (False, [])
+    write_json(tmp_path / "result.json", {})
+    return config, tmp_path
+
+
+def another(config, name):
+    """Another value of a field, of its type."""
+    value = getattr(config, name)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return (*value, (0.9, 3.0, 4.0))
+    return value + "x" if isinstance(value, str) else 2 * value + 1
+
+
+def refusal(config, folder, hashes=HASHES):
+    """The one line of a refusal, which changes nothing."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError) as error:
+        identify(config, folder, hashes)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    line = str(error.value)
+    assert str(folder) in line and "--run_id" in line and "\n" not in line
+    return line
+
+
+def test_the_same_settings_go_on(begun):
+    config, folder = begun
+    assert identify(config, folder, HASHES) == (True, [])
+    assert (folder / "result.json").exists()
+
+
+def test_every_field_that_is_not_free_is_compared(begun):
+    """But for num_models, of which later."""
+    config, folder = begun
+    for name in set(FIELDS) - {*FREE, "num_models"}:
+        other = replace(config, **{name: another(config, name)})
+        before, now = (as_text(getattr(c, name)) for c in (config, other))
+        line = refusal(other, folder)
+        assert f"{name}={now} (was {before})" in line and line.count("(was ") == 1, name
+        assert "--allow_changed" in line
+
+
+def test_free_fields_are_not_compared(begun):
+    config, folder = begun
+    other = replace(config, **{name: another(config, name) for name in FREE})
+    assert identify(other, folder, HASHES) == (True, [])
+    assert (folder / "result.json").exists()
+
+
+@pytest.mark.parametrize("hashes, words", [
+    (HASHES | {"small_val_000000.bin": "3" * 64}, ["small_val_000000.bin=333", "(was 222"]),
+    (HASHES | {"small_val_000001.bin": "3" * 64}, ["small_val_000001.bin=333", "(was None)"]),
+    ({"small_train_000000.bin": "1" * 64}, ["small_val_000000.bin=gone (was 222"])],
+    ids=["changed", "added", "gone"])
+def test_other_data_are_refused(hashes, words, begun):
+    config, folder = begun
+    line = refusal(config, folder, hashes)
+    assert all(word in line for word in words) and "small_train" not in line
+
+
+@pytest.mark.parametrize("name", ["train_gpt.py", "data/ngram.py"])
+def test_an_edited_source_is_refused(name, begun, tmp_path_factory, monkeypatch):
+    config, folder = begun
+    sources = source_files(config)
+    edited = tmp_path_factory.mktemp("edited") / "source.py"
+    edited.write_text(sources[name].read_text(encoding="utf-8") + "# a comment\n")
+    monkeypatch.setattr(train_gpt, "source_files", {config: sources | {name: edited}}.get)
+    line = refusal(config, folder)
+    assert f"{name}=" in line and line.count("(was ") == 1
+
+
+def test_the_source_of_an_ngram_is_compared_where_there_is_one():
+    with_ngram = source_files(make_config("cpu", ngram_order=3))
+    without = source_files(make_config("cpu", ngram_order=0, final_mixture="uniform"))
+    assert set(with_ngram) - set(without) == {"data/ngram.py"}
+    assert set(without) == {"train_gpt.py"}
+    assert all(path.is_file() for path in with_ngram.values())
+
+
+def test_who_insists_goes_on_with_a_list_of_changes(begun):
+    config, folder = begun
+    other = replace(config, embed_lr=0.5, seed=3, allow_changed=True)
+    assert "embed_lr" in refusal(replace(other, allow_changed=False), folder)
+    had_run, changes = identify(other, folder, HASHES | {"small_val_000000.bin": "3" * 64})
+    assert had_run and len(changes) == 3 and all(line.startswith("changed  ") for line in changes)
+    assert f"embed_lr=0.5 (was {as_text(config.embed_lr)})" in " ".join(changes)
+    assert not (folder / "result.json").exists()        # it was of the other settings
+    # from here on these are the settings of the run
+    assert "embed_lr" in refusal(config, folder)
+    assert identify(replace(other, allow_changed=False), folder,
+                    HASHES | {"small_val_000000.bin": "3" * 64}) == (True, [])
+
+
+@pytest.mark.parametrize("version", [None, "1", "999"])
+@pytest.mark.parametrize("insists", [False, True])
+def test_a_folder_of_another_format_is_refused(version, insists, begun):
+    config, folder = begun
+    facts = json.loads((folder / "run.json").read_text())
+    del facts["format"]
+    (folder / "run.json").write_text(json.dumps(facts | ({"format": version} if version else {})))
+    assert "another version" in refusal(replace(config, allow_changed=insists), folder)
+
+
+@pytest.mark.parametrize("changes, is_refused", [
+    ({}, False), ({"save_minutes": 9.0}, False), ({"seed": 2}, True), ({"kd_from": 3}, True)])
+def test_a_larger_number_of_members_alone_extends(changes, is_refused, begun):
+    config, folder = begun
+    longer = replace(config, num_models=config.num_models + 2, **changes)
+    if is_refused:
+        assert "num_models=" in refusal(longer, folder)
+    else:
+        had_run, lines = identify(longer, folder, HASHES)
+        assert had_run and len(lines) == 1 and "num_models=" in lines[0]
+        assert not (folder / "result.json").exists()
+        assert identify(longer, folder, HASHES) == (True, [])
+        assert "num_models=" in refusal(config, folder)
+
+
+@pytest.mark.parametrize("plan", [{"continue_members": True}, {"edge_batch_rows": 4}])
+def test_members_whose_plan_depends_on_their_number_are_not_extended(plan, tmp_path):
+    """Perturbations and the batches of outer members do."""
+    config = replace(toy(tmp_path), **plan)
+    identify(config, tmp_path, HASHES)
+    assert "num_models=" in refusal(replace(config, num_models=config.num_models + 1), tmp_path)
+
+
+# ==== Runs that are extended ====================================================================
+RUN = ["--track=cpu", "--preset=toy", "--device=cpu", "--dtype=float32", "--vocab_size=100",
+       "--seq_len=32", "--train_tokens=1500", "--selection_tokens=200", "--eval_tokens=0",
+       "--model_dim=32", "--num_layers=2", "--num_epochs=1", "--batch_rows=8", "--dropout=0.1",
+       "--kd_alpha=0.5", "--average=weights", "--ngram_order=2", "--final_mixture=ngram",
+       "--log_steps=1", "--save_minutes=0.00001", "--run_id=run"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder of the runs two/run and three/run, of as many members; data: --dataset=FOLDER."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_dataset(folder / "small")
+    for name, members in (("two", 2), ("three", 3)):
+        assert go(folder, folder / name, members)[0] == 0
+    return folder
+
+
+def go(runs, folder, members, *arguments):
+    """main's (exit code, stdout, stderr) of the run in `folder`, begun or gone on with."""
+    return main(*RUN, f"--dataset={runs / 'small'}", f"--runs_dir={folder}",
+                f"--num_models={members}", *arguments)
+
+
+def assert_same_run(one, other):
+    """Digit for digit, but for clocks."""
+    first, second = read_run(one / "run"), read_run(other / "run")
+    assert losses(first) == losses(second)
+    for key in ("val_loss", "holdout_loss", "ensemble", "others"):
+        assert first.result[key] == second.result[key]
+    names = [path.name for path in sorted(first.folder.glob("members/*"))]
+    assert names == [path.name for path in sorted(second.folder.glob("members/*"))]
+    for name in names:
+        assert_equal(load_file(first.folder / "members" / name),
+                     load_file(second.folder / "members" / name))
+
+
+@pytest.fixture
+def finished(runs, tmp_path):
+    """A copy of the run of two members."""
+    shutil.copytree(runs / "two", tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def times_of(folder):
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.glob("run/members/00[12].*"))}
+
+
+def test_a_finished_run_shows_its_table_and_trains_nothing(runs, finished, monkeypatch):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    monkeypatch.setattr(train_gpt, "Trainer", never)
+    code, out, err = go(runs, finished, 2)
+    assert (code, err) == (0, "")
+    assert "this run is finished" in out and "\nresult  " in out
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+
+def test_an_extended_run_is_the_longer_one(runs, finished):
+    before = times_of(finished)
+    assert go(runs, finished, 3)[0] == 0
+    assert before and times_of(finished) == before      # the first two are not trained again
+    assert_same_run(runs / "three", finished)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_an_extension_that_was_stopped_goes_on(number, code, runs, finished):
+    def stopped():
+        metrics = Log.metrics
+
+        def until_the_third_member(log, **numbers):
+            metrics(log, **numbers)
+            if (numbers["member"], numbers.get("step")) == (3, 3):
+                os.kill(os.getpid(), number)
+
+        Log.metrics = until_the_third_member
+        return go(runs, finished, 3)[0]
+
+    assert exit_code(fork(stopped)) == code
+    assert not (finished / "run/result.json").exists()
+    assert (finished / "run/state.safetensors").exists()
+    assert go(runs, finished, 2)[0] == 2        # it has become a run of three
+    code, out, err = go(runs, finished, 3)
+    assert (code, err) == (0, "") and "resumed   member 3 after step" in out
+    assert_same_run(runs / "three", finished)
+
+
+def test_a_smaller_number_of_members_is_refused(runs, finished):
+    code, out, err = go(runs, finished, 1)
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert "num_models=1 (was 2)" in err
+    assert_same_run(runs / "two", finished)
+
+
+def test_free_fields_do_not_change_what_a_run_computes(runs, tmp_path):
+    config = toy(tmp_path)
+    other = {name: another(config, name) for name in FREE if name not in ("run_id", "runs_dir")}
+    arguments = [f"--{name}={as_text(value)}" for name, value in other.items()]
+    assert go(runs, tmp_path, 2, *arguments)[0] == 0
+    assert_same_run(runs / "two", tmp_path)
+
+
+# ==== Signals and states ========================================================================
+class Acted(Exception):
+    pass
+
+
+def act(*_):
+    raise Acted
+
+
+@pytest.mark.parametrize("number, other", [(signal.SIGTERM, signal.SIGINT),
+                                           (signal.SIGINT, signal.SIGTERM)])
+def test_the_first_signal_is_remembered_and_the_second_acts(number, other):
+    before = {n: signal.signal(n, act) for n in (number, other)}
+    try:
+        with pytest.raises(Acted), remembered_signals() as received:
+            signal.raise_signal(number)
+            assert received == [number]
+            signal.raise_signal(number)
+            never()
+        assert signal.getsignal(number) is signal.getsignal(other) is act
+        with remembered_signals() as received:
+            pass
+        assert received == [] and signal.getsignal(number) is signal.getsignal(other) is act
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def requests(states):
+    is_due, stop_signal = states.requests()
+    return bool(is_due), bool(stop_signal)
+
+
+def test_a_state_is_due_after_its_minutes_and_only_the_main_process_says_so(tmp_path):
+    signals = []
+    states = States(Log(tmp_path, True, 0), 2, signals)
+    assert requests(states) == (False, False)
+    states.last -= 119
+    assert requests(states) == (False, False)
+    states.last -= 2
+    assert requests(states) == (True, False)
+    states.save(TENSORS, FACTS)
+    states.wait()
+    assert requests(states) == (False, False)
+    signals.append(signal.SIGTERM)
+    assert requests(states) == (False, True)
+    for states in (States(Log(tmp_path, False, 0), 2, []), States(Log(tmp_path, True, 0), 0, [])):
+        states.last -= 1e6
+        assert requests(states) == (False, False)
+
+
+def test_a_state_is_read_as_it_was_saved_last(tmp_path):
+    states = States(Log(tmp_path, True, 0), 0, [])
+    assert states.load() is None
+    for step in range(3):
+        states.save({"a": torch.full((4,), step)}, {"step": step})
+    states.wait()
+    tensors, facts = states.load()
+    assert facts == {"step": 2} and tensors["a"].tolist() == [2] * 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "log.txt", "metrics.jsonl", "state.safetensors"]
+    States(Log(tmp_path, False, 0), 0, []).save(TENSORS, {"step": 9})
+    assert states.load()[1] == {"step": 2}              # the main process writes alone
+
+
+def test_training_goes_on_while_a_state_is_written(tmp_path, monkeypatch):
+    """But the next state waits for it."""
+    may_write = threading.Event()
+    written = []
+
+    def slow(path, tensors, facts):
+        assert may_write.wait(10)
+        written.append(facts["step"])
+
+    monkeypatch.setattr(train_gpt, "write_tensors", slow)
+    states = States(Log(tmp_path, True, 0), 0, [])
+    states.save(TENSORS, {"step": 1})
+    assert written == []
+    release = threading.Timer(0.05, may_write.set)
+    release.start()
+    states.save(TENSORS, {"step": 2})
+    assert written[0] == 1
+    states.wait()
+    assert written == [1, 2]
+
+
+def test_random_states_of_any_process_come_back():
+    """They are rows of a gathered tensor: a row does not begin its storage."""
+    rows = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        torch.rand(seed)
+        rows.append(random_state(CPU))
+    expected = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        torch.rand(seed, generator=generator)
+        expected.append(torch.rand(5, generator=generator))
+    for row, numbers in zip(torch.stack(rows), expected):
+        set_random_state(row, CPU)
+        assert torch.equal(torch.rand(5), numbers)

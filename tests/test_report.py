@@ -1,0 +1,344 @@
+"""What a run says: data efficiency, the table and its numbers, peaks of devices, log, plan, text.
+
+    python -m pytest tests/test_report.py
+"""
+import base64
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt
+from helpers import (
+    BOS, SCRIPT, VOCAB, SlowModel, make_dataset, random_model, random_trainer, small_config)
+from train_gpt import (
+    TRACKS, Log, UserError, announce, as_text, data_efficiency, equivalent_tokens, generate,
+    hardware_name, load_dataset, minutes, num_parameters, peak_flops, percent, read_ranks,
+    result_lines, summarize)
+
+# ==== Data efficiency ===========================================================================
+PUBLIC = [[2e8, 3.703], [4e8, 3.370], [6e8, 3.200], [8e8, 3.123], [1e9, 3.046], [2e9, 2.892]]
+
+
+@pytest.mark.parametrize("loss, multiple", [
+    (3.307, 4.74), (3.295, 4.88), (3.195, 6.13), (3.183, 6.44), (3.139, 7.58), (2.987, 13.83),
+    (3.370, 4.0), (3.703, 2.0), (2.892, 20.0)])
+def test_data_efficiency_of_the_public_results(loss, multiple):
+    assert data_efficiency(loss, {"one_epoch": PUBLIC}, 1e8) == {
+        "one_epoch": multiple, "tuned": "n/a", "curve": {"one_epoch": PUBLIC}}
+
+
+def test_equivalent_tokens_by_hand():
+    tokens, sign = equivalent_tokens(3.307, PUBLIC)
+    assert tokens == pytest.approx(4e8 + 2e8 * 0.063 / 0.170) and sign == ""
+    assert equivalent_tokens(3.370, PUBLIC) == (4e8, "")
+    assert equivalent_tokens(3.5, [[1e6, 4.0], [3e6, 3.0]]) == (2e6, "")
+
+
+def test_points_of_a_curve_have_no_order_and_those_that_do_not_help_are_left_out():
+    shuffled = [PUBLIC[i] for i in (3, 0, 5, 1, 4, 2)]
+    useless = [[5e8, 3.5], [9e8, 3.123]]
+    for loss in (3.4, 3.25, 3.1, 3.0):
+        assert equivalent_tokens(loss, shuffled + useless) == equivalent_tokens(loss, PUBLIC)
+
+
+def test_beyond_the_curve_nothing_is_extrapolated():
+    assert equivalent_tokens(2.0, PUBLIC) == (2e9, ">")
+    assert equivalent_tokens(9.0, PUBLIC) == (2e8, "<")
+    baseline = {"one_epoch": PUBLIC, "tuned": [[1e8, 3.3], [2e8, 3.0]]}
+    for loss, multiples in {2.8: ("> 20.0", "> 2.0"), 3.75: ("< 2.0", "< 1.0"),
+                            2.95: (16.23, "> 2.0")}.items():
+        result = data_efficiency(loss, baseline, 1e8)
+        assert (result["one_epoch"], result["tuned"]) == multiples
+    assert data_efficiency(3.15, baseline, 1e8)["tuned"] == 1.5
+
+
+@pytest.mark.parametrize("baseline", [None, {}, {"one_epoch": []}])
+def test_without_a_baseline_there_is_no_data_efficiency(baseline):
+    assert data_efficiency(3.0, baseline, 1e8) == {
+        "one_epoch": "n/a", "tuned": "n/a", "curve": baseline}
+
+
+# ==== The result ================================================================================
+CURVE = [{"n": 1, "val_loss": 3.25, "holdout_loss": 3.5, "val_loss_learned": 3.125,
+          "holdout_loss_learned": 3.0, "val_loss_ngram": 2.75, "holdout_loss_ngram": 2.5},
+         {"n": 2, "val_loss": 3.0, "holdout_loss": 3.375, "val_loss_learned": 2.875,
+          "holdout_loss_learned": 2.8125, "val_loss_ngram": 2.625, "holdout_loss_ngram": 2.375}]
+MEMBERS = [{"val_loss": 3.25}, {"val_loss": 3.0625}]
+
+
+def summary(mixture="ngram", bytes_per_token=4.0, curve=CURVE):
+    """A result with all that result_lines reads; an n-gram scores 4 tokens."""
+    data = SimpleNamespace(bytes_per_token={"val": bytes_per_token}, meta={}, hashes={"f": "0"})
+    logp = np.log(np.array([0.5, 0.25, 0.25, 0.5]))
+    others = {"ngram": SimpleNamespace(logp={"val": logp, "holdout": logp[:2]})}
+    result = summarize(small_config(final_mixture=mixture), data, MEMBERS, curve, others)
+    return result | {"train_seconds": 3725.9, "compile_seconds": 59.9, "eval_seconds": 0.0,
+                     "wall_seconds": 3900.0, "over_time_limit": False, "mfu": 0.4321,
+                     "tokens_per_second": 1234567.8, "peak_memory_bytes": 3 * 2 ** 30}
+
+
+@pytest.mark.parametrize("mixture, losses", [
+    ("uniform", (3.0, 3.375)), ("learned", (2.875, 2.8125)), ("ngram", (2.625, 2.375))])
+def test_summary_has_the_declared_mixture_of_all_members(mixture, losses):
+    result = summary(mixture)
+    assert (result["val_loss"], result["holdout_loss"]) == losses
+    assert result["final_mixture"] == mixture
+    assert result["val_bpb"] == pytest.approx(losses[0] / math.log(2) / 4)
+    assert result["others"]["ngram"] == {"val_loss": pytest.approx(1.5 * math.log(2)),
+                                         "holdout_loss": pytest.approx(1.5 * math.log(2))}
+    assert (result["members"], result["ensemble"]) == (MEMBERS, CURVE)
+    assert summary(mixture, bytes_per_token=0)["val_bpb"] is None
+
+
+def test_result_lines_by_hand():
+    assert result_lines(summary()) == [
+        " n    member  ensemble   learned   + ngram   holdout  (member n; ensembles of n)",
+        " 1    3.2500    3.2500    3.1250    2.7500    3.5000",
+        " 2    3.0625    3.0000    2.8750    2.6250    3.3750",
+        "",
+        "result           val loss 2.6250 (ngram mixture), 0.9468 bits per byte, holdout 2.3750",
+        "data efficiency  n/ax against the one-epoch baseline, n/ax against the tuned baseline",
+        "time             train 62:05, compile 0:59, eval 0:00, wall 65:00",
+        "speed            1,234,568 tokens/s, MFU 43.2%, peak memory 3,072 MiB"]
+
+
+def test_result_lines_of_what_is_not_known():
+    """Weights are not fitted for every n, nor without selection; few devices have a peak."""
+    curve = [CURVE[0], {"n": 2, "val_loss": 3.0, "holdout_loss": 3.375}]
+    result = summary("uniform", 0, curve) | {"mfu": None, "over_time_limit": True}
+    lines = result_lines(result)
+    assert lines[2].split() == ["2", "3.0625", "3.0000", "nan", "nan", "3.3750"]
+    assert "n/a bits per byte" in lines[4]
+    assert lines[6].endswith("wall 65:00; OVER the track's time limit")
+    assert "MFU n/a," in lines[7]
+    result["ensemble"] = [{"n": 1, "val_loss": 3.0, "holdout_loss": 3.375}]
+    assert "learned" not in result_lines(result)[0] and "ngram" not in result_lines(result)[0]
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (0, "0:00"), (59.99, "0:59"), (60, "1:00"), (3599, "59:59"), (36000.5, "600:00")])
+def test_minutes(seconds, text):
+    assert minutes(seconds) == text
+
+
+@pytest.mark.parametrize("fraction, text", [
+    (None, "n/a"), (0, "n/a"), (0.4321, "43.2%"), (0.00049, "0.0%"), (1.0, "100.0%")])
+def test_percent(fraction, text):
+    assert percent(fraction) == text
+
+
+# ==== Devices ===================================================================================
+@pytest.mark.parametrize("name, tera", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+    ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA GH200 480GB", 989),
+    ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA L40S", 362), ("NVIDIA GeForce RTX 4090", 165.2),
+    ("NVIDIA GeForce RTX 5090", 209.5), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ("NVIDIA RTX 4090 Max-Q", None), ("NVIDIA L40", None), ("NVIDIA H20", None),
+    ("Tesla V100-SXM2-16GB", None)])
+def test_peak_of_a_device_by_whole_words_of_its_name(name, tera, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert peak_flops(torch.device("cuda")) == (tera and pytest.approx(tera * 1e12))
+    assert hardware_name(torch.device("cuda")) == f"3x {name}"
+
+
+def test_a_cpu_has_a_name_but_no_known_peak():
+    assert peak_flops(torch.device("cpu")) is None
+    assert re.fullmatch(r"\d+-core \S+ CPU", hardware_name(torch.device("cpu")))
+
+
+# ==== Log =======================================================================================
+def test_log_writes_text_numbers_and_console(tmp_path, capsys):
+    log = Log(tmp_path, True, 5)
+    log.say("both")
+    log.say("log only", console=False)
+    log.metrics(member=1, loss=math.pi, rate=1e-12)
+    log.metrics(member=2, loss=0.5)
+    assert capsys.readouterr().out == "both\n"
+    assert (tmp_path / "log.txt").read_text() == (
+        "both\nlog only\nmember:1 loss:3.14159 rate:1e-12\nmember:2 loss:0.5\n")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"member": 1, "loss": math.pi, "rate": 1e-12}, {"member": 2, "loss": 0.5}]
+    Log(tmp_path, True, 5).say("later")         # a run that goes on adds to its files
+    assert (tmp_path / "log.txt").read_text().endswith("loss:0.5\nlater\n")
+
+
+def test_other_processes_say_nothing(tmp_path, capsys):
+    log = Log(tmp_path, False, 0)
+    log.say("text")
+    log.progress("text", always=True)
+    log.metrics(loss=1.0)
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+def test_progress_is_shown_every_few_seconds_and_never_logged(tmp_path, capsys, monkeypatch):
+    now = iter([100, 101, 104.9, 105.1, 106, 107, 111.9, 112.1])
+    monkeypatch.setattr(train_gpt.time, "monotonic", lambda: next(now))
+    log = Log(tmp_path, True, 5)
+    for text in "abcde":
+        log.progress(text)
+    log.progress("f", always=True)              # from here on 5 seconds are waited again
+    log.progress("g")
+    log.progress("h")
+    assert capsys.readouterr().out.split() == ["a", "d", "f", "h"]
+    assert (tmp_path / "log.txt").read_text() == ""
+
+
+# ==== The plan ==================================================================================
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(Config, Dataset): a small dataset, with 700 tokens of it in the budget."""
+    dataset = make_dataset(tmp_path_factory.mktemp("data") / "small")
+    config = small_config(dataset=str(dataset), train_tokens=700, selection_tokens=80,
+                          eval_tokens=0, kd_alpha=0.25, num_epochs=3, ngram_order=2)
+    return config, load_dataset(dataset, config)
+
+
+def announced(trainer, data, folder, had_run=False, changes=()):
+    """(console, log.txt) of announce."""
+    folder.mkdir()
+    announce(trainer, data, Log(folder, True, 5), {"num_epochs": 3}, had_run, list(changes))
+    return (folder / "log.txt").read_text(encoding="utf-8")
+
+
+def test_plan_by_hand(small, tmp_path, capsys):
+    config, data = small
+    trainer = random_trainer(**{name: getattr(config, name) for name in (
+        "kd_alpha", "num_epochs", "dataset")})
+    trainer.runtime.notes.append("compile   off: a note")
+    data.notes[:] = ["data      2 documents left out"]
+    announced(trainer, data, tmp_path / "run")
+    lines = capsys.readouterr().out.splitlines()
+    parameters = num_parameters(trainer.model)
+    blocks = num_parameters(trainer.model.blocks)
+    flops, = set(trainer.flops.values())
+    plan = [line for line in lines if not re.match("it sets| {10}", line)]
+    assert plan[:4] == [
+        "track     cpu: 1 model(s) x 3 epochs, kd_alpha 0.25 from member 2 on",
+        f"data      {config.dataset}: 600 tokens an epoch in 12 documents; selection 100,"
+        " val 400, holdout 400",
+        f"model     {parameters / 1e6:.4g}M parameters, {blocks / 1e6:.4g}M of them in 4 blocks"
+        f" of width 48; {flops:.4g} FLOPs a token",
+        "steps     38 a member, of 4 rows x 12 = 48 tokens; 1 process(es), micro-batches of"
+        " 4 row(s)"]
+    assert plan[4].startswith(f"machine   {hardware_name(torch.device('cpu'))}; torch ")
+    assert plan[5:] == [f"folder    {tmp_path / 'run'}", "data      2 documents left out",
+                        "compile   off: a note", ""]
+
+
+@pytest.mark.parametrize("track", TRACKS)
+def test_plan_says_what_the_track_sets(track, small, tmp_path, capsys):
+    """All of it, as it could be typed, wrapped at 100 columns (within what is longer, too)."""
+    trainer = random_trainer(track=track, num_layers=3, loop_start=1, loop_end=1)
+    announced(trainer, small[1], tmp_path / "run")
+    lines = capsys.readouterr().out.splitlines()
+    told = [line for line in lines if re.match("it sets| {10}", line)]
+    assert max(map(len, told)) <= 100 and not any(line.startswith("it") for line in told[1:])
+    typed = [f"{name}={as_text(value)}" for name, value in TRACKS[track].items()]
+    assert "".join("".join(told).split()) == "itsets" + "".join(typed)
+
+
+def test_sources_are_logged_at_the_start_and_after_changes_only(small, tmp_path, capsys):
+    trainer = random_trainer(ngram_order=2)
+    with open(SCRIPT, encoding="utf-8") as file:
+        source = file.read()
+    for name, had_run, changes, is_there in (
+            ("first", False, [], True), ("again", True, [], False),
+            ("changed", True, ["changed   seed=2 (was 1)"], True)):
+        log = announced(trainer, small[1], tmp_path / name, had_run, changes)
+        assert log.startswith(source) is is_there
+        assert log.count(f"\n{'=' * 40} end of train_gpt.py\n") == is_there
+        assert log.count(f"\n{'=' * 40} end of data/ngram.py\n") == is_there
+        console = capsys.readouterr().out
+        assert log.endswith(console) and all(line in console for line in changes)
+        facts = dict(re.findall(r"^(\w+):(.*)$", log.removesuffix(console), re.M))
+        assert json.loads(facts["overrides"]) == {"num_epochs": 3}
+        assert json.loads(facts["data_sha256"]) == small[1].hashes
+        assert json.loads(facts["config"])["ngram_order"] == 2
+
+
+# ==== Text ======================================================================================
+@pytest.mark.parametrize("name, meta", [
+    ("ranks.tiktoken", {}), ("other", {"ranks": "other"})])
+def test_ranks_give_bytes(name, meta, tmp_path):
+    texts = {0: b"a", 7: b" b\n", 300: "é".encode()[:1]}
+    lines = [f"{base64.b64encode(text).decode()} {rank}\n" for rank, text in texts.items()]
+    (tmp_path / name).write_text("".join(lines))
+    assert read_ranks(tmp_path, meta) == texts
+
+
+@pytest.mark.parametrize("text", [None, "YQ==", "YQ== 1 2", "YQ== one", "Y 1", "\n"])
+def test_ranks_that_cannot_be_read(text, tmp_path):
+    if text is not None:
+        (tmp_path / "ranks.tiktoken").write_text(text)
+    with pytest.raises(UserError, match="ranks.tiktoken: no ranks to decode tokens with"):
+        read_ranks(tmp_path, {})
+
+
+def test_near_temperature_zero_the_likeliest_token_is_taken():
+    """Against the slow transformer, also where the text is longer than a row of 12."""
+    config = small_config(seq_len=12)
+    model = random_model(config, seed=1)
+    slow = SlowModel(model, [6, 6, 6, 12])
+    expected = [BOS]
+    for _ in range(20):
+        logits = slow.logits(slow.hidden(expected[-12:]))[-1]
+        expected.append(int(np.argmax(logits)))
+    assert BOS not in expected[1:] and len(set(expected)) > 3
+    start = [BOS]
+    assert generate(model, start, 20, temperature=1e-5) == expected
+    assert start == [BOS]
+    assert generate(model, expected[:5], 3, temperature=1e-5) == expected[:8]
+
+
+def test_text_depends_on_seed_alone():
+    model = random_model(small_config())
+    first = generate(model, [BOS], 15, temperature=2.0, seed=3)
+    torch.manual_seed(5)
+    assert generate(model, [BOS], 15, temperature=2.0, seed=3) == first
+    assert generate(model, [BOS], 15, temperature=2.0, seed=4) != first
+    assert all(token < VOCAB for token in first)
+
+
+class Scripted:
+    """A model whose logits at a position depend on its token alone: rows of `table` [V, V]."""
+
+    def __init__(self, table, seq_len=4):
+        self.table = torch.as_tensor(table, dtype=torch.float32)
+        self.config = SimpleNamespace(seq_len=seq_len)
+        self.wte = SimpleNamespace(weight=self.table)
+        self.contexts = []
+
+    def __call__(self, tokens):
+        self.contexts.append(tokens[0].tolist())
+        return self.table[tokens]
+
+    def logits(self, hidden):
+        return hidden
+
+
+def test_text_ends_at_bos_which_is_left_out():
+    """Token 5 is BOS, 0 follows it, and k + 1 follows k: 5 0 1 2 3 4 (5)."""
+    model = Scripted(100 * np.roll(np.eye(6), 1, axis=1))
+    assert generate(model, [5], 100) == [5, 0, 1, 2, 3, 4]
+    assert model.contexts == [[5], [5, 0], [5, 0, 1], [5, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4]]
+    assert generate(model, [5], 3) == [5, 0, 1, 2]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_with_their_probabilities(temperature):
+    logits = np.array([1.0, 0.0, 2.0, -1.0])
+    model = Scripted(np.tile(logits, (5, 1)))       # token 4 begins, and is never drawn
+    draws = 1_500
+    tokens = generate(model, [4], draws, temperature)[1:]
+    p = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+    error = np.bincount(tokens, minlength=4) / draws - p
+    assert (np.abs(error) < 4 * np.sqrt(p * (1 - p) / draws)).all()

@@ -1,0 +1,330 @@
+"""run.sh, with stubs in place of python and nvidia-smi: what it sets up, asks, fetches, launches.
+
+    python -m pytest tests/test_run_sh.py
+"""
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ROOT, main
+
+# It notes its arguments, in front of them `system` if it is not .venv's, and plays the commands
+# that run.sh gives to python. The first `check` fails if there is a file $CALLS.missing.
+STUB = """#!/bin/sh
+case " $* " in *version_info*)
+    case " $OLD " in *" ${0##*/} "*) exit 1 ;; *) exit 0 ;; esac ;;
+esac
+case " $* " in *is_available*) echo "$USABLE"; exit ;; esac
+{ case "$0" in *.venv*) ;; *) printf '%s ' "${0##*/}" ;; esac
+  for argument; do printf '<%s>' "$argument"; done; echo; } >> "$CALLS"
+[ "$2" != venv ] || { mkdir -p "$3/bin" && cp "$STUBS/python3" "$3/bin/python"; }
+case " $* " in
+    *" $FAIL "*) exit 7 ;;
+    *" check "*)
+        echo "${PLAN:-track $TRACK, processes $PROCESSES}"
+        ! rm "$CALLS.missing" 2> /dev/null || { echo "error: $SAYS" >&2; exit 2; } ;;
+esac
+"""
+NVIDIA_SMI = """#!/bin/sh
+printf '%s' "$GPUS"
+[ -n "$GPUS" ]
+"""
+PROGRAMS = ("bash", "sh", "dirname", "grep", "cmp", "rm", "cp", "mkdir", "sed", "ls", "xargs",
+            "echo", "sleep")
+TOOLS = ("mix", "plot", "_shared")
+SET_UP = ["python3 <-m><venv><.venv>",
+          "<-m><pip><install><--quiet><--disable-pip-version-check><-r><requirements.txt>"]
+
+
+class Tree:
+    """A folder like the repository's, and calls of its run.sh."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.home = folder / "a repo"
+        self.stubs = folder / "bin"
+        self.calls = folder / "calls"
+        for name in ("tests", "tools", "data"):
+            (self.home / name).mkdir(parents=True)
+        for name in ("run.sh", "requirements.txt", "tests/requirements.txt",
+                     "tools/requirements.txt", "train_gpt.py"):
+            shutil.copy(ROOT / name, self.home / name)
+        for name in TOOLS:
+            (self.home / f"tools/{name}.py").touch()
+        self.stubs.mkdir()
+        for name in PROGRAMS:
+            (self.stubs / name).symlink_to(shutil.which(name))
+        self.write("python3", STUB)
+
+    def write(self, name, text):
+        (self.stubs / name).write_text(text)
+        (self.stubs / name).chmod(0o755)
+
+    def __call__(self, *arguments, gpus=None, processes=1, track="limited", usable=True,
+                 missing=None, fail="nothing", old="", smi=NVIDIA_SMI, **environment):
+        """(exit code, stderr, calls of python) of run.sh.
+
+        gpus: that nvidia-smi, of the text `smi`, lists (None: there is none), and PyTorch finds
+        usable or not; processes, track: what `check` says; missing: what its first call says that
+        is missing; fail: a word, with which calls fail; old: names of pythons that are too old.
+        """
+        (self.stubs / "nvidia-smi").unlink(missing_ok=True)
+        if gpus is not None:
+            self.write("nvidia-smi", smi)
+        self.calls.write_text("")
+        if missing is not None:
+            (self.folder / "calls.missing").touch()
+        environment = {
+            "PATH": str(self.stubs), "STUBS": str(self.stubs), "CALLS": str(self.calls),
+            "GPUS": "GPU: NVIDIA H100\n  MIG 1g.10gb\n" * (gpus or 0), "USABLE": str(int(usable)),
+            "PROCESSES": str(processes), "TRACK": track, "SAYS": missing or "", "FAIL": fail,
+            "OLD": old, **environment}
+        done = subprocess.run([self.home / "run.sh", *arguments], cwd=self.folder,
+                              env=environment, capture_output=True, encoding="utf-8", timeout=60)
+        self.output = done.stdout
+        return done.returncode, done.stderr, self.calls.read_text().splitlines()
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """As after a git clone."""
+    return Tree(tmp_path)
+
+
+@pytest.fixture
+def tree(bare):
+    """With a .venv that fits requirements.txt."""
+    assert bare("check")[0] == 0
+    return bare
+
+
+def script(*arguments):
+    return "<train_gpt.py>" + "".join(f"<{argument}>" for argument in arguments)
+
+
+def launched(processes, *arguments):
+    launcher = f"<-m><torch.distributed.run><--standalone><--nproc_per_node={processes}>"
+    return launcher + script(*arguments)
+
+
+def test_it_is_sound_bash():
+    assert subprocess.run(["bash", "-n", ROOT / "run.sh"]).returncode == 0
+    assert os.access(ROOT / "run.sh", os.X_OK)
+
+
+# ==== The environment ===========================================================================
+def test_venv_is_set_up_once(bare):
+    assert bare() == (0, "", [*SET_UP, script()])
+    assert "setting up" in bare.output
+    assert bare() == (0, "", [script()])
+    assert "setting up" not in bare.output
+
+
+def test_venv_is_made_anew_when_requirements_change(tree):
+    (tree.home / "requirements.txt").write_text("torch==0\n")
+    (tree.home / ".venv/left_over").touch()
+    assert tree() == (0, "", [*SET_UP, script()])
+    assert not (tree.home / ".venv/left_over").exists()
+    assert tree() == (0, "", [script()])
+
+
+@pytest.mark.parametrize("fail, words", [("install", "requirements.txt"),
+                                         ("venv", "python3-venv")])
+def test_set_up_that_failed_is_tried_again(fail, words, bare):
+    code, err, calls = bare(fail=fail)
+    assert code == 2 and re.fullmatch(f"error: [^\n]*{re.escape(words)}[^\n]*\n", err)
+    assert script() not in calls
+    assert bare() == (0, "", [*SET_UP, script()])
+
+
+def test_the_first_python_that_is_new_enough_is_taken(bare):
+    bare.write("python3.11", STUB)
+    bare.write("python3.12", STUB)
+    _, _, calls = bare(old="python3 python3.13")
+    assert calls[0] == "python3.12 <-m><venv><.venv>"
+
+
+def test_no_python_that_is_new_enough(bare):
+    code, err, calls = bare(old="python3")
+    assert (code, calls) == (2, []) and re.fullmatch(r"error: no Python 3\.11[^\n]*\n", err)
+    assert not (bare.home / ".venv").exists()
+
+
+def test_help_needs_and_makes_no_environment(bare):
+    for flag in ("--help", "-h"):
+        assert bare(flag) == (0, "", ["python3 <train_gpt.py><--help>"])
+        assert "./run.sh check [...]" in bare.output and "set -euo" not in bare.output
+        assert re.search(r"^TOOL is one of: .*\bmix plot$", bare.output, re.M)
+        assert not (bare.home / ".venv").exists()
+
+
+def test_help_of_the_real_script(bare):
+    bare.write("python3", f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    assert bare("--help")[:2] == (0, "")
+    assert "./run.sh [--field=value ...]" in bare.output
+    assert "num_models: int" in bare.output
+    assert not (bare.home / ".venv").exists()
+
+
+def test_help_behind_settings_is_help_as_well(tree):
+    """train_gpt.py takes it anywhere, and has no plan to show then."""
+    for flag in ("--help", "-h"):
+        code, err, calls = tree("--track=cpu", flag, gpus=2, PLAN="no plan")
+        assert (code, err, len(calls)) == (0, "", 1)
+        assert re.search("<train_gpt.py>.*<(--help|-h)>$", calls[0])
+
+
+# ==== What is launched ==========================================================================
+def test_without_a_gpu_nothing_has_to_be_asked(tree):
+    for gpus in (None, 0):
+        assert tree("--num_models=2", "--run_id=a b", gpus=gpus) == (
+            0, "", [script("--num_models=2", "--run_id=a b")])
+
+
+@pytest.mark.parametrize("processes", [2, 8])
+def test_script_says_on_how_many_processes(processes, tree):
+    arguments = ["--seed=3", "--run_id=a  b"]
+    assert tree(*arguments, gpus=8, processes=processes) == (
+        0, "", [script("check", *arguments), launched(processes, *arguments)])
+    assert f"track limited, processes {processes}" in tree.output
+
+
+def test_one_process_needs_no_launcher(tree):
+    assert tree(gpus=1, track="mini") == (0, "", [script("check"), script()])
+    assert tree("train", "--device=cpu", gpus=4, track="cpu") == (
+        0, "", [script("check", "--device=cpu"), script("--device=cpu")])
+
+
+def test_gpus_that_are_listed_slowly_are_found(tree):
+    """As grep -q ends at the first line, what goes on writing to it is ended by a signal."""
+    slow = "#!/bin/sh\necho 'GPU 0: NVIDIA H100'\nsleep 0.2\necho 'GPU 1: NVIDIA H100'\n"
+    assert tree(gpus=2, processes=2, smi=slow) == (0, "", [script("check"), launched(2)])
+
+
+def test_gpus_that_pytorch_cannot_use_are_left_out_with_a_warning(tree):
+    code, err, calls = tree(gpus=2, usable=False)
+    assert (code, calls) == (0, [script()])
+    assert re.fullmatch("warning: [^\n]*nvidia-smi[^\n]*\n", err)
+    # who hides them knows it
+    assert tree(gpus=2, usable=False, CUDA_VISIBLE_DEVICES="") == (0, "", [script()])
+
+
+def test_errors_of_what_is_launched_are_those_of_run_sh(tree):
+    assert tree(fail="train_gpt.py")[0] == 7
+    assert tree(gpus=2, processes=2, fail="torch.distributed.run")[0] == 7
+    assert tree("check", fail="check")[0] == 7
+    assert tree("mix", fail="tools/mix.py")[0] == 7
+    assert tree("test", fail="pytest")[0] == 7
+
+
+def test_check_launches_nothing(tree):
+    assert tree("check", "--track=tiny", gpus=8, processes=8) == (
+        0, "", [script("check", "--track=tiny")])
+
+
+# ==== Data that are missing =====================================================================
+MISSING = "data/fineweb: no train shards; get them: python data/fineweb.py"
+
+
+@pytest.mark.parametrize("track, processes, fetch", [
+    ("mini", 1, "<data/fineweb.py><--tokens=48_000_000>"), ("limited", 2, "<data/fineweb.py>")])
+def test_fineweb_is_fetched_where_it_is_missing(track, processes, fetch, tree):
+    last = script() if processes == 1 else launched(processes)
+    for says in (MISSING, "/x/data/fineweb: 5 tokens in train, below --train_tokens=9; get more"):
+        assert tree(gpus=processes, processes=processes, track=track, missing=says) == (
+            0, "", [script("check"), fetch, script("check"), last])
+
+
+def test_fineweb_is_fetched_for_a_track_that_is_named_without_a_gpu(tree):
+    for argument in ("--track=mini", "--dataset=data/fineweb"):
+        code, err, calls = tree(argument, track="mini", missing=MISSING)
+        assert (code, err, len(calls)) == (0, "", 4)
+        assert calls[1].startswith("<data/fineweb.py>") and calls[3] == script(argument)
+
+
+def test_fetching_that_fails_ends_it(tree):
+    code, _, calls = tree(gpus=2, processes=2, missing=MISSING, fail="data/fineweb.py")
+    assert code == 7 and calls == [script("check"), "<data/fineweb.py>"]
+
+
+@pytest.mark.parametrize("says", [
+    "unknown field 'sed'; did you mean seed?", "--batch_rows=17 must be a multiple of 2",
+    "/x/prose: 5 tokens in train, below --train_tokens=9; get more or lower it",
+    "mine: no val shards; get them: python data/YOUR_SCRIPT.py"])
+def test_after_any_other_error_nothing_is_fetched_or_launched(says, tree):
+    code, err, calls = tree("--sed=1", gpus=2, missing=says)
+    assert code == 2 and calls == [script("check", "--sed=1")]
+    assert err.splitlines()[-1] == f"error: {says}"
+
+
+@pytest.mark.parametrize("track", ["mini", "limited"])
+def test_the_real_script_says_what_run_sh_reads(track, tree, tmp_path, monkeypatch):
+    """What the stubs say here are its words: of the plan, and of data that are missing."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    settings = ["--device=cpu", "--preset=toy", f"--track={track}"]
+    code, out, _ = main("check", *settings)
+    assert code == 0 and out.startswith(f"track {track}, processes 1\n")
+    folder = tmp_path / "data/fineweb"
+    shutil.copytree(ROOT / "data/prose", folder)
+    for tokens in ("2_000_000", "1000"):
+        code, _, err = main("check", *settings, f"--dataset={folder}", f"--train_tokens={tokens}",
+                            "--selection_tokens=0", "--final_mixture=uniform")
+        assert code == 2 * (tokens != "1000")
+        if code:
+            says = err.removeprefix("error: ").strip()
+            assert len(tree(gpus=1, track=track, missing=says)[2]) == 4
+    for path in folder.glob("*train*"):
+        path.unlink()
+    code, _, err = main("check", *settings, f"--dataset={folder}")
+    assert code == 2
+    says = err.removeprefix("error: ").strip()
+    assert len(tree(gpus=1, track=track, missing=says)[2]) == 4
+
+
+# ==== Tests and tools ===========================================================================
+def test_tests_install_what_they_need_once(tree):
+    install = ("<-m><pip><install><--quiet><--disable-pip-version-check>"
+               "<-r><tests/requirements.txt>")
+    code, err, calls = tree("test", gpus=1)
+    assert (code, err, calls[0], len(calls)) == (0, "", install, 2)
+    assert calls[1].startswith("<-m><pytest>") and calls[1].endswith("<tests>")
+    code, err, calls = tree("test", "--slow", "-k", "a b")
+    assert (code, err, len(calls)) == (0, "", 1)
+    assert "<--slow><-k><a b>" in calls[0]
+
+
+def test_tests_whose_needs_cannot_be_installed(tree):
+    code, err, calls = tree("test", fail="tests/requirements.txt")
+    assert code == 2 and re.fullmatch(r"error: [^\n]*tests/requirements\.txt[^\n]*\n", err)
+    assert len(calls) == 1 and len(tree("test")[2]) == 2
+
+
+def test_tools_are_run_by_name(tree):
+    assert tree("mix", "runs/a", "runs/b c", gpus=2, processes=2) == (
+        0, "", ["<tools/mix.py><runs/a><runs/b c>"])
+    calls = tree("plot", "runs/a")[2]
+    assert calls[0].endswith("<-r><tools/requirements.txt>") and calls[1:] == [
+        "<tools/plot.py><runs/a>"]
+
+
+def test_what_tools_share_is_no_tool(tree):
+    assert "_shared" not in tree("--help")[1] + tree.output
+    code, err, calls = tree("_shared")
+    assert (code, calls) == (2, []) and "_shared" in err
+
+
+@pytest.mark.parametrize("name", ["mxi", "", "tran"])
+def test_unknown_tool_is_one_line(name, tree):
+    code, err, calls = tree(name, gpus=2)
+    assert (code, calls) == (2, [])
+    assert re.fullmatch("error: [^\n]+\n", err) and name in err
+
+
+def test_a_typing_error_sets_up_nothing(bare):
+    code, err, calls = bare("mxi")
+    assert (code, calls) == (2, []) and "tools/mxi.py" in err
+    assert not (bare.home / ".venv").exists()

@@ -1,0 +1,93 @@
+"""What the tools share: train_gpt.py found, arguments, errors in one line, finished runs read."""
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))           # a tool is started as a script: only its folder is there
+
+import torch  # noqa: E402
+
+from train_gpt import (  # noqa: E402
+    FIELDS, FORMAT, GPT, Config, UserError, make_config, member_path, parse, parse_arguments,
+    plan_launch, read_tensors, report_error)
+
+
+def run_tool(main):
+    """Exit with main's code (None: 0); what a person can mend is one line, with exit code 2."""
+    try:
+        code = main()
+    except (Exception, KeyboardInterrupt) as error:
+        code = report_error(error)
+        if code is None:
+            raise
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if "WORLD_SIZE" in os.environ:      # Python's own end may be aborted by threads of gloo
+        sys.stdout.flush()
+        os._exit(code or 0)
+    sys.exit(code)
+
+
+def config_from_arguments(doc):
+    """(Config, overrides) of `--field=value` arguments like train_gpt.py's; --help prints `doc`."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(doc.strip())
+        sys.exit()
+    values = parse_arguments(sys.argv[1:])
+    _, track = plan_launch(values.get("device", "auto"))
+    config = make_config(values.pop("track", track), **values)
+    return config, {name: getattr(config, name) for name in values}
+
+
+def read_result(folder):
+    """(result.json of a finished run, its Config). UserError if there is none.
+
+    A result of an earlier format is read as far as its fields are still there; those that are gone
+    are named on stderr.
+    """
+    path = Path(folder) / "result.json"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        settings = dict(result["config"])
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no finished run (it has no result.json)") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+    values, gone = {}, []
+    for name, value in settings.items():
+        try:
+            values[name] = field_value(name, value)
+        except (KeyError, TypeError, UserError):
+            gone.append(name)
+    if gone:
+        print(f"{path}: of format {result.get('format', 1)}, not {FORMAT}; without the fields"
+              f" {', '.join(gone)}, which are gone", file=sys.stderr)
+    return result, Config(**values)
+
+
+def field_value(name, value):
+    """The value of a field from JSON; KeyError, TypeError or UserError if it is none."""
+    kind = FIELDS[name].type
+    if kind is tuple and isinstance(value, list):
+        return tuple(tuple(point) for point in value)
+    if isinstance(value, str) and kind is not str:
+        return parse(name, value)
+    return kind(value)
+
+
+def load_member(folder, number, config, runtime):
+    """The GPT of a finished run's member, with attention that takes rows of any length."""
+    with runtime.device:
+        model = GPT(config, runtime.dtype).eval()
+    weights, _ = read_tensors(member_path(Path(folder), number))
+    model.load_state_dict(weights)
+    return model
+
+
+def load_logp(folder, number):
+    """({split: log p(target), fp32 [n]}, facts) of a finished run's member."""
+    logp, facts = read_tensors(member_path(Path(folder), number, ".logp"))
+    return {split: values.numpy() for split, values in logp.items()}, facts

@@ -1,0 +1,174 @@
+"""The losses of plain single models by number of tokens: what data efficiency is read from.
+
+    python tools/baseline.py --track=cpu
+
+Takes the fields of train_gpt.py, as --field=value. Plain: the track's model, optimizer and batch
+(KEPT), all else off. For budgets D, multiples of the track's train_tokens as far as the data goes:
+(a) one epoch with the usual weight decay; (b) the best on `selection` over epochs and weight
+decays, found by a search that begins at each D with what was best at the D before: fewer epochs
+while that helps (at the smallest D else more), then the other weight decay. Both with and without
+U-Net skips and QK norm, whichever is better on selection (some help only where there are few
+steps). Both curves hold val losses and go into the dataset's meta.json. Every run is a line of
+<runs_dir>/baseline_<track>/runs.jsonl and is not repeated when the command is started again.
+"""
+import hashlib
+import json
+import time
+from dataclasses import asdict, replace
+from itertools import product
+
+from _runs import ROOT, config_from_arguments, run_tool
+from train_gpt import (FIELDS, HEADER_INTS, Log, Trainer, UserError, check_ranges, hardware_name,
+                       load_dataset, mean_loss, minutes, start_runtime, train_member, write_json)
+
+MULTIPLES = (1, 2, 4, 8, 12, 16)
+TUNED_UP_TO = 4                         # the largest multiple for (b), which costs epochs times D
+USUAL_WEIGHT_DECAY = 0.1
+WEIGHT_DECAYS = (0.1, 1.0)
+TRIED = "unet", "qk_norm"               # fields of which the better value counts
+FIRST_GUESS = 8, 1.0, (False, True)     # epochs, weight decay and those fields at the smallest D
+KEY = "tokens", "epochs", "weight_decay", *TRIED        # what tells runs apart
+# Fields that a plain model has from the track: the machine, the data, the size and the blocks of
+# the model, the optimizer and its rates. All others are off, whatever they are and will be.
+KEPT = """track preset run_id runs_dir seed device dtype compile compile_model time_limit log_steps
+log_seconds save_minutes allow_changed hang_minutes dataset train_tokens selection_tokens
+eval_tokens vocab_size seq_len batch_rows device_batch_size num_epochs num_layers model_dim
+num_heads mlp_multiple swiglu embed_init head_init proj_init resid_init x0_init unet
+value_projections attn_gate qk_norm rope_base rope_fraction key_offset xsa iha window_pattern
+window_schedule softcap matrix_lr embed_lr head_lr x0_lr scalar_lr gate_lr xsa_lr iha_lr adam_beta1
+adam_beta2 adam_eps x0_beta1 xsa_beta1 gate_beta1 gate_beta2 momentum momentum_start momentum_steps
+muon_eq normuon_beta2 cautious weight_decay lr_warmdown lr_power lr_floor grad_clip
+loss_chunk""".split()
+# off, where that is not 0, False, () or the first of the choices
+NEUTRAL = {"subset_fraction": 1.0, "wd_schedule": ((0, 1),), "mlp_dropout": True}
+
+
+def plain(config):
+    """The Config of a plain model: KEPT from `config`, all other fields off."""
+    off = {}
+    for name, field in FIELDS.items():
+        if name not in KEPT:
+            choices, least = field.metadata["choices"], field.metadata["least"]
+            if least is None:           # as check_ranges has it
+                least = 1 if field.type is int and field.default else 0
+            off[name] = choices[0] if choices else () if field.type is tuple else field.type(least)
+    config = replace(config, **{**off, **NEUTRAL})
+    check_ranges(config)
+    return config
+
+
+def measure_baseline(config, overrides):
+    """Measure both curves of the dataset of a Config and store them in its meta.json."""
+    config = plain(config)
+    if not config.selection_tokens:
+        raise UserError("--selection_tokens=0: the tuned curve is chosen on it")
+    start = time.perf_counter()
+    runtime = start_runtime(config)
+    folder = ROOT / config.runs_dir / f"baseline_{config.track}"
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset = ROOT / config.dataset
+    log = Log(folder, runtime.is_main, config.log_seconds)
+    runs = Runs(config, runtime, log)
+    available = sum((path.stat().st_size - 4 * HEADER_INTS) // 2
+                    for path in dataset.glob("*_train_*.bin"))
+    budgets = [(m, m * config.train_tokens) for m in MULTIPLES
+               if m * config.train_tokens <= available]
+    one_epoch, chosen, guess = [], [], FIRST_GUESS
+    for _, tokens in budgets:
+        tries = [runs.measure(tokens, 1, USUAL_WEIGHT_DECAY, values)
+                 for values in product((True, False), repeat=len(TRIED))]
+        one_epoch.append([tokens, min(tries, key=by_selection)["val"]])
+    for multiple, tokens in budgets:
+        if multiple <= TUNED_UP_TO:
+            best = search(runs, tokens, *guess, may_rise=not chosen)
+            guess = best["epochs"], best["weight_decay"], tried(best)
+            chosen.append(best)
+    tuned = [[best["tokens"], best["val"]] for best in chosen]
+    if runtime.is_main:
+        meta = json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
+        meta["baseline"] = {
+            "one_epoch": one_epoch, "tuned": tuned, "tuned_settings": chosen,
+            "source": " ".join([f"tools/baseline.py --track={config.track}",
+                                *(f"--{name}={value}" for name, value in overrides.items())]),
+            "hardware": hardware_name(runtime.device)}
+        write_json(dataset / "meta.json", meta)
+    log.say(f"one epoch  {one_epoch}\ntuned      {tuned}\nstored in {dataset / 'meta.json'} after"
+            f" {minutes(time.perf_counter() - start)}")
+
+
+def by_selection(run):
+    return run["selection"]
+
+
+def tried(run):
+    return tuple(run[name] for name in TRIED)
+
+
+def search(runs, tokens, epochs, wd, values, may_rise):
+    """The run with the lowest selection loss at budget `tokens`, from the settings outwards."""
+    def better(best, epochs, wd=wd, values=values):
+        return min(best, runs.measure(tokens, epochs, wd, values), key=by_selection)
+
+    best = runs.measure(tokens, epochs, wd, values)
+    while best["epochs"] > 1 and better(best, best["epochs"] // 2) is not best:
+        best = better(best, best["epochs"] // 2)
+    if may_rise and best["epochs"] == epochs:
+        while better(best, best["epochs"] * 2) is not best:
+            best = better(best, best["epochs"] * 2)
+    for other in set(WEIGHT_DECAYS) - {wd}:
+        best = better(best, best["epochs"], other)
+    for name in TRIED:
+        flipped = tried({**best, name: not best[name]})
+        best = better(best, best["epochs"], best["weight_decay"], flipped)
+    return best
+
+
+class Runs:
+    """Trains plain models with compiled trainers and remembers what was measured."""
+
+    def __init__(self, config, runtime, log):
+        self.config = config
+        self.runtime = runtime
+        self.log = log
+        self.path = log.folder / "runs.jsonl"
+        self.trainers = {}      # by the values of TRIED
+        own = ("run_id", "runs_dir", "time_limit", "log_steps", "log_seconds", "save_minutes",
+               "allow_changed", "hang_minutes", *TRIED)
+        same = {name: value for name, value in asdict(config).items() if name not in own}
+        self.settings = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        runs = [run for run in map(json.loads, lines) if run.pop("settings", 0) == self.settings]
+        self.done = {tuple(run[key] for key in KEY): run for run in runs}
+
+    def measure(self, tokens, epochs, wd, values):
+        """{fields of KEY, selection, val} of a plain model with `values` of TRIED, run if new."""
+        key = (tokens, epochs, wd, *values)
+        if key in self.done:
+            return self.done[key]
+        config = replace(self.config, train_tokens=tokens, num_epochs=epochs, weight_decay=wd,
+                         **dict(zip(TRIED, values)))
+        data = load_dataset(ROOT / config.dataset, config)
+        del data.scored["holdout"]              # not looked at here
+        if values not in self.trainers:
+            self.trainers[values] = Trainer(config, self.runtime)
+        trainer = self.trainers[values]
+        trainer.config = config                 # other tokens, epochs, decay: the same model
+        _, scores = train_member(1, trainer, data, self.log)
+        run = dict(zip(KEY, key))
+        for split in ("selection", "val"):
+            run[split] = round(mean_loss(scores[split]), 4)
+        self.done[key] = run
+        self.log.say(" ".join(f"{name}:{value}" for name, value in run.items()))
+        if self.runtime.is_main:
+            with open(self.path, "a", encoding="utf-8") as file:
+                print(json.dumps({**run, "settings": self.settings}), file=file)
+        return run
+
+
+def main():
+    config, overrides = config_from_arguments(__doc__)
+    measure_baseline(config, overrides)
+
+
+if __name__ == "__main__":
+    run_tool(main)
