@@ -11,6 +11,7 @@ order of the runs, and writes a result.json of its own. Which mixture is the res
 declared before the losses are seen: say it with --final_mixture.
 """
 import argparse
+import hashlib
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -47,7 +48,7 @@ def read_members(folders, results):
     for folder, result in zip(folders, results):
         for number, of_result in enumerate(result["members"], 1):
             logp, _ = load_logp(folder, number)
-            key = logp["val"].tobytes()
+            key = hashlib.sha256(logp["val"].tobytes()).digest()
             if key in seen:
                 raise UserError(f"{folder}, member {number} and {seen[key]} are the same: a copy,"
                                 " or the same settings and seed; give one of them")
