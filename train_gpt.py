@@ -47,10 +47,13 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent
 
 # ==== Settings ==========================================================================
+TRACK_NAMES = ("cpu", "mini", "tiny", "limited", "two_hour", "unlimited")
+
 def opt(default, meaning, *choices, least=None, most=1e15, toy=None, **tracks):
     """A field of Config: its default, meaning and choices, and the tracks in which it differs.
     Numbers are at least 0, whole ones whose default is not 0 at least 1, unless `least` says
     otherwise. toy: the most that --preset=toy leaves of it."""
+    assert set(tracks) <= set(TRACK_NAMES), f"no such track: {', '.join(tracks)}"
     return field(default=default, metadata=dict(meaning=meaning, choices=choices, least=least,
                                                 most=most, toy=toy, tracks=tracks))
 
@@ -141,7 +144,7 @@ class Config:
     window_schedule: tuple = opt(
         (), "(progress, S, L), parts of a row; with YaRN", cpu=((0, 0.25, 0.5), (0.5, 0.5, 1)),
         two_hour=((0, 0.125, 0.375), (6 / 22, 0.375, 0.875), (13 / 22, 0.625, 1)))
-    loop_start: int = opt(0, "looped layers", limited=15, two_hour=15, unlimited=15, toy=2)
+    loop_start: int = opt(0, "first looped layer", limited=15, two_hour=15, unlimited=15, toy=2)
     loop_end: int = opt(0, "the last one", limited=20, two_hour=20, unlimited=24, toy=2)
     loop_count: int = opt(1, "times they run", limited=3, two_hour=3, unlimited=5, toy=2)
     loop_from_epoch: int = opt(0, "when, epochs from 0", limited=6, two_hour=13, toy=1)
@@ -216,15 +219,14 @@ class Config:
 
 FIELDS = {f.name: f for f in fields(Config)}
 TRACKS = {track: {name: f.metadata["tracks"][track] for name, f in FIELDS.items()
-                  if track in f.metadata["tracks"]}
-          for track in ("cpu", "mini", "tiny", "limited", "two_hour", "unlimited")}
+                  if track in f.metadata["tracks"]} for track in TRACK_NAMES}
 TOY = dict(dataset="data/prose", eval_tokens=2_000, compile=False)     # and what `toy` limits
 FREE = ("run_id", "runs_dir", "log_seconds", "save_minutes", "allow_changed", "hang_minutes",
         "time_limit")       # fields that do not change what a run computes
 GATE_CHANNELS = 12          # of the residual stream, that attention gates read
 VALUE_GATE_CHANNELS = 32    # the same of the gates of value projections
 SAMPLE_TEMPERATURE = 0.8    # of the text that a run ends with
-FORMAT = 2                  # of result.json and of states
+FORMAT = 2                  # of run.json, states and result.json
 
 # ==== What is typed =====================================================================
 class UserError(ValueError):
@@ -314,8 +316,6 @@ def check_combinations(c):
     if c.loop_count > 1 and not c.loop_start <= c.loop_end < c.num_layers:
         raise UserError(f"--loop_start={c.loop_start} --loop_end={c.loop_end}: not a range of"
                         f" layers 0..{c.num_layers - 1}")
-    if c.selection_tokens >= c.train_tokens:
-        raise UserError("--selection_tokens must be below --train_tokens")
     if c.final_mixture != "uniform" and not c.selection_tokens:
         raise UserError(f"--final_mixture={c.final_mixture} needs --selection_tokens")
     if c.ngram_order and not (ROOT / "data/ngram.py").exists():
@@ -396,10 +396,10 @@ def launcher_ranks():
         raise OSError(f"{', '.join(names)} are {', '.join(said)}: use torchrun or unset them")
     return [int(text) for text in said]
 
-def plan_launch(device):
-    """(processes, track) of a launch; without a launcher, of the one that run.sh makes."""
+def plan_launch(device, command="train"):
+    """(processes, track) of a launch; for `check`, of the one that run.sh makes."""
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-    processes = 1 << (max(1, gpus).bit_length() - 1)
+    processes = 1 << (max(1, gpus).bit_length() - 1) if command == "check" else 1
     if {"RANK", "WORLD_SIZE"} & set(os.environ):
         processes = launcher_ranks()[2]
     return processes, "cpu" if not gpus else "mini" if processes == 1 else "limited"
@@ -457,7 +457,7 @@ def missing_for_compile(device_type):
                        "cuda": ("CC", "gcc clang")}.get(device_type, ("", ""))
     names = os.environ.get(variable, names)
     if not any(shutil.which(name) for name in names.split()):
-        return f"no compiler found for {device_type} ({names})"
+        return f"no compiler found for {device_type} ({names or 'none would do'})"
     header = Path(sysconfig.get_path("include"), "Python.h")    # kernels are modules of Python
     return "" if header.exists() else f"no {header} (on Debian: apt install python3-dev)"
 
@@ -638,9 +638,9 @@ class Rows:
         return step * self.batch_rows / self.rows_per_epoch
 
 # ==== Model =============================================================================
-# What of the model's graph changes in training: the progress at which it begins, how often the
-# looped layers and the whole network run (passes but the last are detached), how many keys a
-# query of each layer sees, itself included, and the (old, new) sizes of the L window.
+# What changes in training: the progress at which a stage begins, how often looped layers and the
+# whole network run (passes but the last are detached), how many keys a query of each layer sees,
+# itself included, and the (old, new) sizes of the L window.
 Stage = namedtuple("Stage", "start loops passes windows growths")
 
 def training_stages(config):
@@ -688,9 +688,8 @@ def yarn(frequency, growths):
         scale *= 0.2 * math.log(new / old) + 1
     return frequency, scale
 
-# What a layer's attention knows of positions: how many keys a query sees, make_mask's mask,
-# (cos, sin) [T, 1, Dh/2], which key channels [Dh] are of the token before (None: none), the
-# scale of products of queries and keys, and the path: "fa3", "flex" or "sdpa".
+# A layer's attention: how many keys a query sees, make_mask's mask, (cos, sin) [T, 1, Dh/2], which
+# key channels [Dh] are of the token before (None: none), the scale of q k, and Runtime's path.
 AttentionSpec = namedtuple("AttentionSpec", "window mask rope from_before scale path")
 
 # What a forward pass needs beside weights and tokens (GPT.specs): the order of the layers, how
@@ -946,10 +945,9 @@ def capped_logits(hidden, weight, softcap):
 
 def loss_chunk(hidden, weight, targets, teacher, spec):
     """Loss and gradients of one chunk of tokens, the only ones whose [n, V] logits exist.
-    hidden [n, D], weight [V, D], teacher: the same two of the teacher, or None; targets int64
-    [n, J]: the next token and those after it (-1: none; no next one: nothing is counted).
-    Returns {name: sum over the tokens}, d(loss) / d(hidden) [n, D], d(loss) / d(weight) [V, D]:
-    d(CE) / d(logits) = p - onehot, d(T^2 KL) / d(logits) = T (p_T - q_T)."""
+    hidden [n, D], weight [V, D], teacher: these two of the teacher, or None; targets int64 [n, J]:
+    the next token and those after it (-1: none). Returns {name: sum} and the gradients for hidden
+    and weight, by d(CE) / d(logits) = p - onehot, d(T^2 KL) / d(logits) = T (p_T - q_T)."""
     config, alpha, T = spec.config, spec.alpha, spec.config.kd_temperature
     logits = capped_logits(hidden, weight, config.softcap)
     slope = 1 - (logits / config.softcap) ** 2 if config.softcap else 1.0       # of tanh
@@ -1195,6 +1193,7 @@ class MuonAdamW:
                 p.grad = None
         if self.config.grad_clip:
             self.clip(gradients)
+        updated = []
         for group, grad in zip(self.groups, gradients):
             row = group.row
             p = group.stack(group.params)
@@ -1202,6 +1201,8 @@ class MuonAdamW:
                 rates = Rates(row.lr * lr_multiplier, row.weight_decay * wd_multiplier,
                               self.steps, momentum, row.betas, self.config, self.runtime.dtype)
                 group.kind.update(p, grad, group.state, rates)
+            updated.append(p)
+        for group, p in zip(self.groups, updated):      # not before: owners work side by side
             self.runtime.broadcast(p, group.owner)
             for old, new in zip(group.params, p if group.kind.stacked else [p]):
                 old.copy_(new)
@@ -1210,9 +1211,9 @@ class MuonAdamW:
         """Scale gradients, in place, so that the norm of all is at most grad_clip."""
         square = sum(grad.float().square().sum() * group.is_mine
                      for group, grad in zip(self.groups, gradients))
-        norm = self.runtime.all_reduce(square).sqrt()
+        length = self.runtime.all_reduce(square).sqrt()
         for grad in gradients:
-            grad *= (self.config.grad_clip / (norm + 1e-6)).clamp(max=1)
+            grad *= (self.config.grad_clip / (length + 1e-6)).clamp(max=1)
 
 # ==== Schedules: pure functions of progress, the part of the steps that is done =========
 def base_multiplier(config, progress):
@@ -1255,9 +1256,8 @@ def mean_loss(logp):
     return -float(np.mean(logp, dtype=np.float64))
 
 def mixture_logp(logps, weights=None):
-    """log p(target) of a mixture of models, fp64 [n]: k arrays [n], weights [k] (None: equal).
-    A target's probability under a mixture is the mixture of its probabilities: one float a
-    token and member is all that an ensemble takes. Weights may differ by token: [k, n]."""
+    """log p(target) of a mixture, fp64 [n], of k arrays [n]; weights [k], [k, n] or None: equal.
+    It is the mixture of the probabilities: an ensemble takes one float a token and member."""
     weights = np.full(len(logps), 1 / len(logps)) if weights is None else np.asarray(weights)
     total = np.full(len(logps[0]), -np.inf)
     with np.errstate(divide="ignore"):
@@ -1267,9 +1267,8 @@ def mixture_logp(logps, weights=None):
 
 def fit_mixture(logps, iterations=3000, tolerance=1e-5):
     """Weights [k] of the mixture that makes the targets of logps [k, n] most probable.
-    The log likelihood is concave in the weights; expectation maximization climbs to its top
-    without a learning rate (slowrun #90: gradient descent on the weights' logits), and stops
-    when no weights can be better by more than `tolerance` nats a token."""
+    Expectation maximization climbs the concave log likelihood without a learning rate (slowrun
+    #90 descends) and stops when no weights can be better by `tolerance` nats a token."""
     p = np.exp(np.asarray(logps, dtype=np.float64) - np.max(logps, axis=0))
     weights = np.full(len(p), 1 / len(p))
     for _ in range(iterations):
@@ -1280,9 +1279,8 @@ def fit_mixture(logps, iterations=3000, tolerance=1e-5):
     return weights / weights.sum()
 
 def fit_by_bucket(logps, buckets, num_buckets, weights, prior, iterations=100):
-    """Mixture weights [k, num_buckets], fitted on log p(target) [k, n] and buckets [n].
-    The most probable ones (by expectation maximization) if `weights` [k], those of all tokens,
-    were seen on `prior` tokens of each bucket: a Dirichlet prior."""
+    """Mixture weights [k, num_buckets], fitted on log p(target) [k, n] and buckets [n], with a
+    Dirichlet prior: as if `weights` [k], those of all tokens, came from `prior` tokens more."""
     table = np.repeat(weights[:, None], num_buckets, axis=1)
     for bucket in np.unique(buckets):
         p = np.exp(np.asarray(logps, np.float64)[:, buckets == bucket])
@@ -1311,9 +1309,8 @@ def learned_mixture(members, config, other=None):
 
 def ensemble_curve(members, config, others=None):
     """One dict for each n: the losses of the mixtures of the first n members.
-    members: a list of {split: log p(target)} in the order of training; others: {name:
-    OtherMember}, each of which joins the learned mixture. Beyond 16 members weights are fitted
-    for powers of two and all only."""
+    members: [{split: log p(target)}]; others: {name: OtherMember}, each of which joins the
+    learned mixture. Beyond 16 members weights are fitted for powers of two and all only."""
     curve, sums = [], {}
     for n, member in enumerate(members, 1):
         point = {"n": n}
@@ -1405,8 +1402,7 @@ def claim(config, hashes, is_main):
     UserError, on all processes, if another one is at it or the run was begun otherwise."""
     answer, lock = [None], None
     if is_main:
-        now = time.strftime("%Y-%m-%d_%H-%M-%S")
-        name = config.run_id or f"{config.track}_{now}_seed{config.seed}"
+        name = config.run_id or time.strftime(f"{config.track}_%Y-%m-%d_%H-%M-%S_seed{config.seed}")
         folder = ROOT / config.runs_dir / name
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w", encoding="utf-8")
@@ -1416,7 +1412,7 @@ def claim(config, hashes, is_main):
         except BlockingIOError:
             answer = [f"{folder}: this run is under way in another process; wait for it or"
                       " choose another --run_id"]
-        except UserError as error:
+        except (ValueError, OSError) as error:      # UserErrors, a full disk, a torn run.json
             answer = [str(error)]
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
@@ -1428,10 +1424,9 @@ def identify(config, folder, hashes):
     """(whether there is a run, lines on what has changed). UserError if it cannot go on."""
     path = folder / "run.json"
     now = {name: as_text(value) for name, value in asdict(config).items() if name not in FREE}
-    now["format"] = str(FORMAT)
     for name, file in source_files(config).items():
         now[name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    now |= hashes
+    now |= {"format": str(FORMAT), **hashes}
     if not path.exists():
         write_json(path, now)
         return False, []
@@ -1453,12 +1448,15 @@ def identify(config, folder, hashes):
 
 @contextlib.contextmanager
 def remembered_signals():
-    """Yields a list that SIGTERM and SIGINT are put into; a second one acts at once."""
-    received, before = [], {}
+    """Yields a list that SIGTERM and SIGINT are put into; 5 seconds later another acts at once."""
+    received, moments, before = [], [], {}
 
     def remember(number, _):
         received.append(number)
-        signal.signal(number, before[number])
+        moments.append(time.monotonic())
+        if moments[-1] - moments[0] > 5:        # before, it may be the first, passed on twice
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         before[number] = signal.signal(number, remember)
@@ -1620,9 +1618,8 @@ def announce(trainer, data, log, overrides, had_run, changes):
         log.say(line)
 
 def equivalent_tokens(loss, curve):
-    """(D, sign): the tokens D at which a baseline curve [[D, loss], ...] reaches `loss`.
-    D is piecewise linear in the loss; points no better than a smaller D are left out. Nothing
-    is extrapolated: beyond the measured range the sign is ">" or "<" and D the range's end."""
+    """(D, sign): the tokens D at which a baseline curve [[D, loss], ...] reaches `loss`, linear
+    between points that improve. Beyond the curve the sign is ">" or "<" and D the curve's end."""
     points = []
     for tokens, value in sorted(curve):
         if not points or value < points[-1][1]:
@@ -1782,7 +1779,7 @@ class Trainer:
         if is_new:
             self.optimizer = MuonAdamW(self.model.named_parameters(), config, runtime)
         if config.continue_members and number > 1:
-            if is_new and state:
+            if is_new and state and state[1]["number"] in (number - 1, number):
                 restore_optimizer(state, self.optimizer)
             generator = torch.Generator(runtime.device).manual_seed(seed)
             for p in self.model.parameters():
@@ -1793,7 +1790,7 @@ class Trainer:
         torch.manual_seed(7919 * seed + runtime.rank)       # dropout differs between ranks
 
     def gradients(self, inputs, targets, progress, distill):
-        """Backward passes of this rank's rows of the batch; returns {name: mean over it}.
+        """Backward passes of this rank's rows; returns {name: its share of the batch's mean}.
         int64 [rows, T]; distill: there is a teacher. The loss is divided by the targets of the
         whole batch, so gradients add up over ranks."""
         config, runtime = self.config, self.runtime
@@ -1844,9 +1841,9 @@ class Trainer:
                    if re.fullmatch(pattern, name) and p.grad is not None]
         saved = [p.detach().clone() for p in plastic]
         length = sum(p.grad.square().sum() for p in plastic).sqrt().clamp(min=1e-12)
-        for p in plastic:
-            p -= size / length * p.grad
         try:
+            for p in plastic:
+                p -= size / length * p.grad
             yield
         finally:
             for p, value in zip(plastic, saved):
@@ -1964,9 +1961,8 @@ class Member:
                                      " finite; lower --matrix_lr, --embed_lr or --head_lr")
 
 def train_member(number, trainer, data, log, states=None, state=None):
-    """Train member `number` (from 1), taught by the one before, still in trainer.model.
-    state: of States, to go on from if it is of this member. Returns its facts and {split:
-    log p(target)}; trainer.model then has its weights."""
+    """Train member `number` (from 1) in trainer.model, taught by the one that is there before.
+    state: of States, to go on from if it is of this member. Returns facts, {split: log p}."""
     config = trainer.config
     member = Member(number, trainer, data)
     rows = member.rows
@@ -1990,6 +1986,7 @@ def train_member(number, trainer, data, log, states=None, state=None):
             states.save(*collect_state(trainer, member))
         if is_stopped:
             states.wait()
+            trainer.runtime.all_reduce(torch.zeros(1))  # torchrun ends all when the first one ends
             raise Stopped(f"stopped   member {number} after step {member.step}; the same"
                           f" command goes on, with --run_id={log.folder.name}",
                           128 + (states.signals or [signal.SIGTERM])[0])
@@ -2078,9 +2075,7 @@ def add_to_average(trainer, member, data):
 
 def final_scores(trainer, member, data):
     """{split: log p(target)} of what the member ends as; the model gets averaged weights."""
-    total = member.ends
-    if trainer.config.average_recency:
-        total = total * (total + 1) // 2
+    total = sum(range(member.ends + 1)) if trainer.config.average_recency else member.ends
     means = {name: value / total for name, value in member.average.items()}
     if trainer.config.average == "probs":
         return {split: p.log().float().numpy() for split, p in means.items()}
@@ -2131,8 +2126,8 @@ def restore_optimizer(state, optimizer):
     tensors, facts = state
     optimizer.steps = facts["optimizer_steps"]
     for group in optimizer.groups:
-        for kind, state in group.state.items():
-            state.copy_(group.stack([tensors[f"{kind}.{name}"] for name in group.names]))
+        for kind, held in group.state.items():
+            held.copy_(group.stack([tensors[f"{kind}.{name}"] for name in group.names]))
 
 def named(prefix, tensors):
     """{rest of the name: tensor} of those whose names begin with `prefix`."""
@@ -2144,24 +2139,27 @@ def train_members(trainer, data, log, states):
     """Train the members that are not finished; returns their facts and (main) their scores."""
     config = trainer.config
     state = states.load()
-    members, scores = [], []
+    finished = find_finished(config, log)
+    members, scores, total = [], [], -np.inf
     for number in range(1, config.num_models + 1):
-        finished = load_finished(number, trainer, log)      # into trainer.model, too
-        if finished:
-            facts, logp = finished
+        if number in finished:
+            facts, logp = finished[number]
             trainer.clocks = Clocks(**facts["clocks"])
+            if number + 1 not in finished:      # which learns from it, or begins as it ended
+                trainer.model.load_state_dict(read_tensors(member_path(log.folder, number))[0])
         else:
             facts, logp = train_member(number, trainer, data, log, states, state)
             facts["clocks"] = trainer.clocks.seconds()
         members.append(facts)
         if log.is_main:
             scores.append(logp)
-            mixed = mean_loss(mixture_logp([score["val"] for score in scores]))
-            if not finished:
+            total = np.logaddexp(total, logp["val"].astype(np.float64))
+            mixed = mean_loss(total) + math.log(number)
+            if number not in finished:
                 log.metrics(member=number, val_loss=facts["val_loss"], ensemble_val_loss=mixed)
                 states.wait()       # the next member may need its last state and its files
                 save_member(number, trainer, log.folder, facts, logp)
-            done = "was done" if finished else "done"
+            done = "was done" if number in finished else "done"
             log.say(f"member {number}/{config.num_models} {done} in"
                     f" {minutes(facts['train_seconds'])}: val loss {facts['val_loss']:.4f},"
                     f" ensemble of {number}: {mixed:.4f}")
@@ -2175,19 +2173,22 @@ def save_member(number, trainer, folder, facts, logp):
     write_tensors(member_path(folder, number, ".logp"),
                   {split: torch.from_numpy(p) for split, p in logp.items()}, facts)
 
-def load_finished(number, trainer, log):
-    """(facts, {split: log p}) of a member that is finished and whole, else None."""
-    paths = [member_path(log.folder, number, kind) for kind in ("", ".logp")]
-    if not all(path.exists() for path in paths):
-        return None
-    try:
-        weights, _ = read_tensors(paths[0])
-        logp, facts = read_tensors(paths[1])
-    except UserError as error:
-        log.say(f"warning   {error}; the member is trained again")
-        return None
-    trainer.model.load_state_dict(weights)
-    return facts, {split: values.numpy() for split, values in logp.items()}
+def find_finished(config, log):
+    """{number: (facts, {split: log p} on the main process)} of the members that are whole."""
+    finished = {}
+    for number in range(config.num_models, 0, -1):
+        weights, scores = [member_path(log.folder, number, kind) for kind in ("", ".logp")]
+        if weights.exists() and scores.exists():
+            try:
+                logp, facts = read_tensors(scores)
+                if number + 1 not in finished:      # which needs the weights
+                    read_tensors(weights)
+            except UserError as error:
+                log.say(f"warning   {error}; the member is trained again")
+                continue
+            logp = {split: values.numpy() for split, values in logp.items() if log.is_main}
+            finished[number] = (facts, logp)
+    return finished
 
 def run(config, overrides):
     """Train the members, write the run's folder; returns the result on the main process."""
@@ -2222,7 +2223,6 @@ def run(config, overrides):
         log.say("RESULT " + json.dumps(result), console=False)
         write_json(path, result)            # with it the run is finished
         states.path.unlink(missing_ok=True)
-        lock.close()
     return result
 
 def closing_sample(trainer, data, folder, members, count=120):
@@ -2241,9 +2241,8 @@ def closing_sample(trainer, data, folder, members, count=120):
             *textwrap.wrap(text, 95, initial_indent="  ", subsequent_indent="  ")]
 
 def report_error(error):
-    """Say an error to a person; returns the exit code, or None if it is a defect of ours.
-    128 + a signal that stopped the run; 2: what a person can mend, in one line of stderr. Of
-    many processes the first one speaks, unless only this one can know."""
+    """Say an error to a person; returns the exit code (2, or 128 + a signal that stopped the run),
+    None if it is a defect of ours. A machine's first process speaks, or who alone can know."""
     code, rank = 2, os.environ.get("RANK", "0")
     message = "error: " + " ".join(str(error).split())
     if isinstance(error, (Stopped, KeyboardInterrupt)):
@@ -2258,7 +2257,8 @@ def report_error(error):
                    f" the same command again ({message[7:160]})")
     elif not isinstance(error, (UserError, OSError, FloatingPointError)):
         return None
-    if rank == "0" or not isinstance(error, (UserError, Stopped, KeyboardInterrupt)):
+    shared = (UserError, Stopped, KeyboardInterrupt, FloatingPointError)
+    if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, shared):
         print(message, file=sys.stderr)
     return code
 
@@ -2271,7 +2271,7 @@ def main(argv=None):
             command = arguments.pop(0)
             check_name(command, ("train", "check"), "command")
         values = parse_arguments(arguments)
-        processes, track = plan_launch(values.get("device", "auto"))
+        processes, track = plan_launch(values.get("device", "auto"), command)
         config = make_config(values.pop("track", track), **values)
         if command == "train":
             run(config, {name: getattr(config, name) for name in values})

@@ -323,12 +323,26 @@ def test_a_signal_stops_after_a_state(number, code, count, member, step, data, w
     ends_equal(tmp_path, data, whole, f"resumed   member {member} after step {step}")
 
 
-def test_a_second_interrupt_stops_at_once(data, whole, tmp_path):
-    with at_reading(5, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]):
+def test_an_interrupt_that_comes_later_stops_at_once(data, whole, tmp_path, monkeypatch):
+    def twice():
+        monotonic = time.monotonic
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(time, "monotonic", lambda: monotonic() + 6)
+        signal.raise_signal(signal.SIGINT)
+
+    with at_reading(5, twice):
         code, err = short(tmp_path, data)
     assert code == 130 and re.fullmatch("stopped at once; [^\n]+\n", err)
     join_writer()
     ends_equal(tmp_path, data, whole, "resumed   member 1 after step 4")
+
+
+def test_an_interrupt_that_comes_twice_is_one(data, whole, tmp_path):
+    """As from the terminal and from torchrun, which passes on its own."""
+    with at_reading(5, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]):
+        code, err = short(tmp_path, data)
+    assert code == 130 and re.fullmatch("stopped   member 1 after step 6; [^\n]+\n", err)
+    ends_equal(tmp_path, data, whole, "resumed   member 1 after step 6")
 
 
 def test_a_signal_while_a_state_is_written(data, whole, tmp_path, monkeypatch):

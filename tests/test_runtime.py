@@ -82,11 +82,16 @@ def test_ranks_that_no_launcher_sets(variables, environment, tmp_path):
     ("auto", 8, "1", (1, "mini")), ("auto", 8, "3", (3, "limited")),
     ("auto", 1, "16", (16, "limited")), ("cpu", 8, "4", (4, "cpu")), ("auto", 0, "2", (2, "cpu"))])
 def test_plan_of_a_launch(device, gpus, world_size, plan, monkeypatch, environment):
-    """The largest power of two of the GPUs, which divides every batch; a launcher decides."""
+    """`check`: the largest power of two of the GPUs, which divides every batch; a launcher decides.
+
+    Without one a process that trains is alone: its track is one for one GPU.
+    """
     have_gpus(monkeypatch, gpus)
     if world_size:
         environment(WORLD_SIZE=world_size)
-    assert plan_launch(device) == plan
+    assert plan_launch(device, "check") == plan
+    alone = (1, "cpu" if plan[1] == "cpu" else "mini")
+    assert plan_launch(device) == (plan if world_size else alone)
 
 
 # ==== Start =====================================================================================
