@@ -306,7 +306,7 @@ def check_ranges(config):
         if rule["choices"] and value not in rule["choices"]:
             raise UserError(f"--{name}={value}: must be one of {', '.join(rule['choices'])}")
         if f.type in (int, float) and not least <= value <= rule["most"]:
-            raise UserError(f"--{name}={value}: must be from {least} to {rule['most']}")
+            raise UserError(f"--{name}={value}: must be from {least} to {rule['most']:g}")
 
 def check_combinations(c):
     """UserError for values of a Config that cannot work together."""
@@ -319,14 +319,15 @@ def check_combinations(c):
     if c.final_mixture != "uniform" and not c.selection_tokens:
         raise UserError(f"--final_mixture={c.final_mixture} needs --selection_tokens")
     if c.ngram_order and not (ROOT / "data/ngram.py").exists():
-        raise UserError("--ngram_order needs data/ngram.py beside this script; get it, or use"
-                        " --ngram_order=0 --final_mixture=learned")
+        raise UserError("no data/ngram.py here; get it, or --ngram_order=0 --final_mixture=learned")
     if c.final_mixture == "ngram" and not c.ngram_order:
         raise UserError("--final_mixture=ngram needs --ngram_order")
     for name, pattern in (("window_pattern", "[SL]+"), ("run_id", r"([A-Za-z0-9][\w.-]*)?")):
         if not re.fullmatch(pattern, getattr(c, name)):
             raise UserError(f"--{name}={getattr(c, name)}: must match {pattern}")
 
+if __name__ == "__main__":
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # threads that wait leave cores to others
 if __name__ == "__main__" and {"--help", "-h"} & set(sys.argv[1:]):
     settings = Path(__file__).read_text(encoding="utf-8").partition("class Config:\n")[2]
     print(__doc__ + "\nFields, as --field=value:\n" + settings.partition("\n    @property")[0])
@@ -413,8 +414,7 @@ def start_runtime(config):
         has_mps = torch.backends.mps.is_available() and world_size == 1
         kind = "cuda" if gpus else "mps" if has_mps else "cpu"
     if kind == "cuda" and local_world_size > gpus:
-        raise UserError(f"{gpus} GPU(s) for {local_world_size} process(es); lower"
-                        " --nproc_per_node or use --device=cpu")
+        raise UserError(f"{gpus} GPU(s) for {local_world_size} process(es); or use --device=cpu")
     device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -1427,10 +1427,8 @@ def identify(config, folder, hashes):
     for name, file in source_files(config).items():
         now[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     now |= {"format": str(FORMAT), **hashes}
-    if not path.exists():
-        write_json(path, now)
-        return False, []
-    before = json.loads(path.read_text(encoding="utf-8"))
+    had_run = path.exists()
+    before = json.loads(path.read_text(encoding="utf-8")) if had_run else now
     if before.get("format") != now["format"]:
         raise UserError(f"{folder}: of another version of this script; choose another --run_id")
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
@@ -1444,7 +1442,7 @@ def identify(config, folder, hashes):
     if changes:
         (folder / "result.json").unlink(missing_ok=True)
     write_json(path, now)
-    return True, [f"changed   {change}" for change in changes]
+    return had_run, [f"changed   {change}" for change in changes]
 
 @contextlib.contextmanager
 def remembered_signals():
@@ -1595,7 +1593,7 @@ def announce(trainer, data, log, overrides, had_run, changes):
                  data_sha256=data.hashes, **run_facts(trainer))
     for key, value in facts.items():
         log.say(f"{key}:{json.dumps(value)}", console=False)
-    sets = " ".join(f"{name}={as_text(value)}" for name, value in TRACKS[c.track].items())
+    sets = " ".join(f"{name}={as_text(getattr(c, name))}" for name in TRACKS[c.track] | overrides)
     rows = Rows(data.train, c.seq_len, c.batch_rows, c.num_epochs, 0, 0)
     scored = [f"{split} {count_tokens(part):,}" for split, part in data.scored.items()]
     flops = " then ".join(dict.fromkeys(f"{count:.4g}" for count in trainer.flops.values()))
@@ -1603,7 +1601,7 @@ def announce(trainer, data, log, overrides, had_run, changes):
     distilled = f", kd_alpha {c.kd_alpha} from member {c.kd_from} on" if c.kd_alpha else ""
     for line in (
             f"track     {c.track}: {c.num_models} model(s) x {c.num_epochs} epochs{distilled}",
-            *textwrap.wrap(sets, 95, initial_indent="it sets   ", subsequent_indent=" " * 10),
+            *textwrap.wrap(sets, 95, initial_indent="settings  ", subsequent_indent=" " * 10),
             f"data      {c.dataset}: {rows.tokens:,} tokens an epoch in {len(data.train)}"
             f" documents; {', '.join(scored)}",
             f"model     {sizes[0]:.4g}M parameters, {sizes[1]:.4g}M of them in {c.num_layers}"
@@ -1684,15 +1682,16 @@ def result_lines(result):
         losses = "".join(f"  {point.get(key, math.nan):8.4f}" for key in columns.values())
         lines.append(f"{point['n']:2d}  {member['val_loss']:8.4f}{losses}")
     bpb = f"{result['val_bpb']:.4f}" if result["val_bpb"] else "n/a"
-    multiples = result["data_efficiency"]
+    multiples = {kind: value if value == "n/a" else f"{value}x"
+                 for kind, value in result["data_efficiency"].items()}
     times = ", ".join(f"{kind} {minutes(result[f'{kind}_seconds'])}"
                       for kind in ("train", "compile", "eval", "wall"))
     over = "; OVER the track's time limit" if result["over_time_limit"] else ""
     return lines + [
         "", f"result           val loss {result['val_loss']:.4f} ({result['final_mixture']}"
         f" mixture), {bpb} bits per byte, holdout {result['holdout_loss']:.4f}",
-        f"data efficiency  {multiples['one_epoch']}x against the one-epoch baseline,"
-        f" {multiples['tuned']}x against the tuned baseline",
+        f"data efficiency  {multiples['one_epoch']} against the one-epoch baseline,"
+        f" {multiples['tuned']} against the tuned baseline",
         f"time             {times}{over}",
         f"speed            {result['tokens_per_second']:,.0f} tokens/s, MFU"
         f" {percent(result['mfu'])}, peak memory {result['peak_memory_bytes'] / 2 ** 20:,.0f} MiB"]

@@ -102,7 +102,7 @@ def test_result_lines_by_hand():
         " 2    3.0625    3.0000    2.8750    2.6250    3.3750",
         "",
         "result           val loss 2.6250 (ngram mixture), 0.9468 bits per byte, holdout 2.3750",
-        "data efficiency  n/ax against the one-epoch baseline, n/ax against the tuned baseline",
+        "data efficiency  n/a against the one-epoch baseline, n/a against the tuned baseline",
         "time             train 62:05, compile 0:59, eval 0:00, wall 65:00",
         "speed            1,234,568 tokens/s, MFU 43.2%, peak memory 3,072 MiB"]
 
@@ -202,10 +202,13 @@ def small(tmp_path_factory):
     return config, load_dataset(dataset, config)
 
 
+OVERRIDES = {"num_epochs": 3, "num_layers": 3}
+
+
 def announced(trainer, data, folder, had_run=False, changes=()):
-    """(console, log.txt) of announce."""
+    """log.txt of announce."""
     folder.mkdir()
-    announce(trainer, data, Log(folder, True, 5), {"num_epochs": 3}, had_run, list(changes))
+    announce(trainer, data, Log(folder, True, 5), OVERRIDES, had_run, list(changes))
     return (folder / "log.txt").read_text(encoding="utf-8")
 
 
@@ -220,7 +223,7 @@ def test_plan_by_hand(small, tmp_path, capsys):
     parameters = num_parameters(trainer.model)
     blocks = num_parameters(trainer.model.blocks)
     flops, = set(trainer.flops.values())
-    plan = [line for line in lines if not re.match("it sets| {10}", line)]
+    plan = [line for line in lines if not re.match("settings| {10}", line)]
     assert plan[:4] == [
         "track     cpu: 1 model(s) x 3 epochs, kd_alpha 0.25 from member 2 on",
         f"data      {config.dataset}: 600 tokens an epoch in 12 documents; selection 100,"
@@ -235,15 +238,16 @@ def test_plan_by_hand(small, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("track", TRACKS)
-def test_plan_says_what_the_track_sets(track, small, tmp_path, capsys):
-    """All of it, as it could be typed, wrapped at 100 columns (within what is longer, too)."""
+def test_plan_says_what_track_and_arguments_set(track, small, tmp_path, capsys):
+    """As it is now, as it could be typed, wrapped at 100 columns (within what is longer, too)."""
     trainer = random_trainer(track=track, num_layers=3, loop_start=1, loop_end=1)
     announced(trainer, small[1], tmp_path / "run")
     lines = capsys.readouterr().out.splitlines()
-    told = [line for line in lines if re.match("it sets| {10}", line)]
-    assert max(map(len, told)) <= 100 and not any(line.startswith("it") for line in told[1:])
-    typed = [f"{name}={as_text(value)}" for name, value in TRACKS[track].items()]
-    assert "".join("".join(told).split()) == "itsets" + "".join(typed)
+    told = [line for line in lines if re.match("settings| {10}", line)]
+    assert max(map(len, told)) <= 100 and not any(line.startswith("s") for line in told[1:])
+    typed = [f"{name}={as_text(getattr(trainer.config, name))}"
+             for name in TRACKS[track] | OVERRIDES]
+    assert "".join("".join(told).split()) == "settings" + "".join(typed)
 
 
 def test_sources_are_logged_at_the_start_and_after_changes_only(small, tmp_path, capsys):
@@ -260,7 +264,7 @@ def test_sources_are_logged_at_the_start_and_after_changes_only(small, tmp_path,
         console = capsys.readouterr().out
         assert log.endswith(console) and all(line in console for line in changes)
         facts = dict(re.findall(r"^(\w+):(.*)$", log.removesuffix(console), re.M))
-        assert json.loads(facts["overrides"]) == {"num_epochs": 3}
+        assert json.loads(facts["overrides"]) == OVERRIDES
         assert json.loads(facts["data_sha256"]) == small[1].hashes
         assert json.loads(facts["config"])["ngram_order"] == 2
 

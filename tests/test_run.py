@@ -86,10 +86,10 @@ def test_folder_is_named_by_track_date_and_seed(prose):
 
 def test_console_begins_with_the_plan(prose):
     plan = prose.console.partition("\n\n")[0]
-    lines = dict(re.findall(r"^(\S+(?: sets)?) +(.*(?:\n {10}.*)*)", plan, re.M))
-    assert list(lines) == ["track", "it sets", "data", "model", "steps", "machine", "folder"]
+    lines = dict(re.findall(r"^(\S+) +(.*(?:\n {10}.*)*)", plan, re.M))
+    assert list(lines) == ["track", "settings", "data", "model", "steps", "machine", "folder"]
     assert lines["track"] == "cpu: 3 model(s) x 1 epochs, kd_alpha 0.5 from member 2 on"
-    assert "kd_alpha=" in lines["it sets"] and "ngram_order=" in lines["it sets"]
+    assert "num_layers=2" in lines["settings"] and "ngram_order=" in lines["settings"]
     assert "in 2 blocks of width 64" in lines["model"]
     assert lines["machine"].startswith(prose.result["hardware"])
     assert f"torch {torch.__version__}, torch.float32" in lines["machine"]

@@ -130,7 +130,7 @@ def test_gpus_that_are_not_there(gpus, processes, monkeypatch, environment, tmp_
                           f"--runs_dir={tmp_path / 'runs'}")
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {gpus} GPU(s) for {processes} process(es); ")
-    assert "--device=cpu" in err and "--nproc_per_node" in err
+    assert "--device=cpu" in err
     assert not list(tmp_path.iterdir())
 
 

@@ -39,8 +39,9 @@ def main():
     size = config.device_batch_size
     parts = [logit_average(models, x, y) for x, y in zip(inputs.split(size), targets.split(size))]
     logps = [load_logp(run, number)[0]["val"][:count] for number in numbers]
-    print(f"{len(models)} members, val: average of logits {-float(torch.cat(parts).mean()):.4f},"
-          f" mixture of probabilities {mean_loss(mixture_logp(logps)):.4f}")
+    print(f"{len(models)} members, whole rows of val: average of logits"
+          f" {-float(torch.cat(parts).mean()):.4f}, mixture of probabilities"
+          f" {mean_loss(mixture_logp(logps)):.4f}")
 
 
 if __name__ == "__main__":

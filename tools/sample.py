@@ -45,6 +45,10 @@ def main():
     parser.add_argument("--member", type=int, help="number; else the best on selection")
     args = parser.parse_args()
     result, config = read_result(args.run)
+    if args.temperature <= 0 or args.count < 1:
+        raise UserError("--temperature and --count must be above 0")
+    if args.member is not None and not 1 <= args.member <= len(result["members"]):
+        raise UserError(f"--member={args.member}: the run has {len(result['members'])} member(s)")
     dataset = ROOT / config.dataset
     meta, _ = read_meta(dataset)
     ranks = read_ranks(dataset, meta)
