@@ -1484,7 +1484,7 @@ class States:
         self.wait()
         self.last = time.monotonic()
         if self.log.is_main:
-            self.thread = threading.Thread(target=self.write, args=(tensors, facts))
+            self.thread = threading.Thread(None, self.write, "state", (tensors, facts))
             self.thread.start()
 
     def write(self, tensors, facts):

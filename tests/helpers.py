@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import train_gpt
 from shards import write_meta, write_shard
-from train_gpt import GPT, Trainer, make_config, start_runtime
+from train_gpt import GPT, MuonAdamW, Trainer, make_config, start_runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = str(ROOT / "train_gpt.py")
@@ -30,6 +30,12 @@ TINY = [*TOY, "--dtype=float32", "--num_layers=2", "--batch_rows=4", "--num_epoc
         "--train_tokens=5000", "--eval_tokens=500", "--log_steps=1"]
 CPU = torch.device("cpu")
 VOCAB, BOS = 100, 99            # of the small models and datasets below
+# a rate, moments and so on for everybody, so that a mistaken one shows
+RATES = dict(
+    matrix_lr=0.05, embed_lr=0.11, head_lr=0.07, x0_lr=0.13, scalar_lr=0.17, gate_lr=0.19,
+    xsa_lr=0.23, iha_lr=0.29, adam_beta1=0.8, adam_beta2=0.95, adam_eps=1e-9, x0_beta1=0.96,
+    xsa_beta1=0.9, gate_beta1=0.7, gate_beta2=0.99, momentum=0.9, weight_decay=1.3)
+TECHNIQUES = dict(xsa=True, iha=True, mtp_weight=0.3, **RATES)
 
 
 # ==== Processes and runs ========================================================================
@@ -181,6 +187,21 @@ def gradients_of(model):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+def weights_after_three_steps(runtime):
+    """Of a model of three layers; the gradients of the processes add up to the same ones."""
+    runtime.dtype = torch.float64
+    config = small_config(num_layers=3, grad_clip=2.0, **TECHNIQUES)
+    model = randomize(GPT(config)).double()
+    optimizer = MuonAdamW(model.named_parameters(), config, runtime)
+    for step in range(3):
+        for i, p in enumerate(model.parameters()):
+            whole = randn(*p.shape, seed=100 * step + i)
+            other = randn(*p.shape, seed=1000 + 100 * step + i)
+            p.grad = other if runtime.rank else whole - (runtime.world_size - 1) * other
+        optimizer.step(1 - step / 4, 1.0, 0.9)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
 def assert_causal(forward, tokens, position=7):
     """forward([1, T]) -> [1, T, ...] must not look ahead of `position`, and must look at it."""
     changed = tokens.clone()
@@ -251,7 +272,8 @@ class SlowModel:
             part = slice(h * d, (h + 1) * d)
             q, k, v = (x @ weights[name][part].T for name in "qkv")
             if value is not None:
-                gate = 2 * sigmoid(x[:, :32] @ self.w[f"{block}.attn.value_gate.weight"][h])
+                read = x[:, :train_gpt.VALUE_GATE_CHANNELS]
+                gate = 2 * sigmoid(read @ self.w[f"{block}.attn.value_gate.weight"][h])
                 v = v + gate[:, None] * value[:, part]
             for z in (q, k):
                 for i, f in enumerate(frequency):
@@ -272,7 +294,8 @@ class SlowModel:
                     unit = v[i] / max(np.linalg.norm(v[i]), 1e-4)
                     y[i] -= np.tanh(self.w[f"{block}.attn.xsa"][h]) * (y[i] @ unit) * unit
             if config.attn_gate:
-                y *= sigmoid(x[:, :12] @ self.w[f"{block}.attn.gate.weight"][h])[:, None]
+                read = x[:, :train_gpt.GATE_CHANNELS]
+                y *= sigmoid(read @ self.w[f"{block}.attn.gate.weight"][h])[:, None]
             outputs.append(y)
         return self.linear(f"{block}.attn.proj", np.concatenate(outputs, axis=1))
 

@@ -1,6 +1,4 @@
 """A whole run with torch.compile, as a GPU has it, beside the same run without."""
-import shutil
-
 import pytest
 import torch
 
@@ -11,7 +9,7 @@ from helpers import losses, train
 SETTINGS = ["--track=cpu", "--num_models=3", "--window_schedule=0:0.25:0.5,0.5:0.5:1",
             "--dropout=0", "--ngram_order=0", "--final_mixture=learned"]
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+pytestmark = pytest.mark.skipif(train_gpt.missing_for_compile("cpu") != "", reason="no compiler")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ def test_compiled_run_has_the_losses_of_the_eager_one(runs):
 def test_it_is_compiled_and_says_so(runs):
     eager, compiled, graphs = runs
     assert "compile on" in compiled.log and "compile off" in eager.log
-    assert compiled.result["compile_seconds"] > 1 and eager.result["compile_seconds"] == 0
+    assert compiled.result["compile_seconds"] > 0 and eager.result["compile_seconds"] == 0
     # the model in two stages, in training and in evaluation; loss; log p
     assert graphs[0] >= 4
 

@@ -203,12 +203,15 @@ def test_ensemble_without_selection_learns_nothing():
 
 
 def test_beyond_16_members_weights_are_fitted_for_powers_of_two_and_all():
-    members = [{split: logp[part][:3] for split, part in PARTS.items()}
-               for logp in random_logps(35, 150)]
-    curve = ensemble_curve(members, small_config(num_models=35))
+    logps = random_logps(35, 150)
+    curve = ensemble_curve([by_split(logp) for logp in logps], small_config(num_models=35))
     assert all("val_loss" in point for point in curve)
     fitted = [point["n"] for point in curve if "val_loss_learned" in point]
     assert fitted == [*range(1, 17), 32, 35]
+    for n in (16, 32, 35):
+        for split, loss in naive_losses(logps[:n]).items():
+            assert curve[n - 1][f"{split}_loss"] == pytest.approx(loss, rel=1e-12)
+        assert_learned(curve[n - 1], "learned", logps[:n])
 
 
 # ==== The n-gram ================================================================================

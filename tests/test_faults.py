@@ -121,9 +121,9 @@ def ends_equal(runs, data, whole, *words):
 
 def join_writer():
     """Wait for the thread that writes a state, as the end of a process does."""
-    for thread in set(threading.enumerate()) - {threading.main_thread()}:
-        if not thread.daemon:
-            thread.join()
+    for thread in threading.enumerate():
+        if thread.name == "state":
+            thread.join(60)
 
 
 # ==== Kills =====================================================================================

@@ -230,6 +230,20 @@ def test_model_equals_slow_reference(name):
             assert relative_error(ahead[row], expected) < ANGLES
 
 
+def test_first_stage_of_grown_windows_equals_slow_reference():
+    """Its L window is half a row: keys are offset there, and not in the MTP block's whole row."""
+    config = small_config(**GROWN, rope_fraction=0.5, key_offset=True, mtp_weight=0.3)
+    model = random_model(config)
+    specs = model.specs(training_stages(config)[0])
+    slow = SlowModel(model, (3, 3, 3, 6))
+    tokens, following = random_tokens(config, 1, T), random_tokens(config, 1, T, seed=1)
+    hidden = model(tokens, specs)
+    expected = slow.hidden(tokens[0])
+    assert relative_error(hidden[0], expected) < ANGLES
+    ahead = model.mtp_hidden(hidden, following, specs)
+    assert relative_error(ahead[0], slow.mtp_hidden(expected, following[0])) < ANGLES
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_model_is_causal(name):
     config = small_config(**{"mtp_weight": 0.3, **MODELS[name][0]})

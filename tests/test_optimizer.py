@@ -14,19 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 import train_gpt
-from helpers import (as_array, clean_environment, randn, randomize, relative_error, small_config,
-                     torchrun)
+from helpers import (TECHNIQUES, as_array, clean_environment, randn, randomize, relative_error,
+                     small_config, torchrun, weights_after_three_steps)
 from train_gpt import (GPT, TRACKS, MuonAdamW, ParameterRow, Rates, Runtime, adamw_state,
                        adamw_update, find_row, make_config, muon_state, muon_update,
                        parameter_table, polar_express)
 
 FLOAT64 = Runtime(dtype=torch.float64)
-# a rate, moments and so on for everybody, so that a mistaken one shows
-RATES = dict(
-    matrix_lr=0.05, embed_lr=0.11, head_lr=0.07, x0_lr=0.13, scalar_lr=0.17, gate_lr=0.19,
-    xsa_lr=0.23, iha_lr=0.29, adam_beta1=0.8, adam_beta2=0.95, adam_eps=1e-9, x0_beta1=0.96,
-    xsa_beta1=0.9, gate_beta1=0.7, gate_beta2=0.99, momentum=0.9, weight_decay=1.3)
-TECHNIQUES = dict(xsa=True, iha=True, mtp_weight=0.3, **RATES)
 
 
 # ==== The table of parameters ===================================================================
@@ -375,28 +369,12 @@ def test_every_parameter_has_one_owner_and_groups_are_shared_out(world_size):
             assert len({owner for _, owner in alike}) == len(sizes)
 
 
-def weights_after_three_steps(runtime):
-    """Of a model of three layers; the gradients of the processes add up to the same ones."""
-    runtime.dtype = torch.float64
-    config = small_config(num_layers=3, grad_clip=2.0, **TECHNIQUES)
-    model = randomize(GPT(config)).double()
-    optimizer = MuonAdamW(model.named_parameters(), config, runtime)
-    for step in range(3):
-        for i, p in enumerate(model.parameters()):
-            whole = randn(*p.shape, seed=100 * step + i)
-            other = randn(*p.shape, seed=1000 + 100 * step + i)
-            p.grad = other if runtime.rank else whole - (runtime.world_size - 1) * other
-        optimizer.step(1 - step / 4, 1.0, 0.9)
-    return {name: p.detach() for name, p in model.named_parameters()}
-
-
 SCRIPT = """
 import os
 import sys
 import torch.distributed as dist
 from safetensors.torch import save_file
-from helpers import small_config
-from test_optimizer import weights_after_three_steps
+from helpers import small_config, weights_after_three_steps
 from train_gpt import start_runtime
 
 runtime = start_runtime(small_config())

@@ -11,13 +11,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-
 from safetensors.torch import load_file
 
+import train_gpt
 from helpers import PUBLIC, ROOT, SCRIPT, main, read_run, torchrun
 from train_gpt import (GPT, Config, Rows, base_multiplier, find_row, flops_per_token, layer_order,
                        lr_multiplier, momentum_at, num_parameters, parameter_table,
-                       piecewise_linear, stage_at, teeth, training_stages)
+                       piecewise_linear, stage_at, training_stages)
+
+
+def teeth(first, epochs):
+    """Points of decay that rises from 0.65 to 1.5 in each epoch from `first` on."""
+    return [(round((epoch + end) / epochs, 4), (0.65, 1.5)[end])
+            for epoch in range(first, epochs) for end in (0, 1)]
+
 
 SHARED = dict(
     train_tokens=100_000_000, selection_tokens=132_000, vocab_size=50257, seq_len=2048,
@@ -71,6 +78,12 @@ def seen_stages(config):
 
 
 # ==== Size and cost =============================================================================
+@pytest.fixture
+def published_gates(monkeypatch):
+    monkeypatch.setattr(train_gpt, "GATE_CHANNELS", 12)
+    monkeypatch.setattr(train_gpt, "VALUE_GATE_CHANNELS", 32)
+
+
 def block_weights(config):
     """Of attention, SwiGLU MLP, gates and mixed heads; XSA has one number a head."""
     D, H = config.model_dim, config.num_heads
@@ -79,6 +92,7 @@ def block_weights(config):
     return 4 * D * D + 3 * D * hidden + 12 * H + extra
 
 
+@pytest.mark.usefixtures("published_gates")
 @every_track
 def test_parameters(track):
     """Value projections are of every second layer, and not in the blocks."""
@@ -122,6 +136,7 @@ def flops_by_hand(config, loops, passes, short, long):
     return 6 * head + (1 + (passes - 1) / 3) * trunk + mtp
 
 
+@pytest.mark.usefixtures("published_gates")
 @every_track
 def test_flops_of_a_token(track):
     """loops, passes, windows of each stage that steps are in."""
@@ -137,6 +152,7 @@ def test_flops_of_a_token(track):
     assert found[:len(published)] == pytest.approx(published, rel=0.01)
 
 
+@pytest.mark.usefixtures("published_gates")
 @pytest.mark.parametrize("changes", [dict(mtp_weight=0.0), dict(window_pattern="L"),
                                      dict(num_layers=8, loop_start=2, loop_end=5)], ids=str)
 def test_flops_of_limited_changed(changes):
@@ -147,6 +163,7 @@ def test_flops_of_limited_changed(changes):
             flops_by_hand(config, loops, 1, short, 2048), rel=1e-9)
 
 
+@pytest.mark.usefixtures("published_gates")
 def test_flops_of_a_whole_run_of_limited():
     """1.17e19 in all: loops run in 5 of the 11 epochs, the 7th (counted from 1) to the last."""
     config = CONFIGS["limited"]

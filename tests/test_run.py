@@ -59,7 +59,8 @@ def prose(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     done = python(SCRIPT, "--track=cpu", *TOY, "--dtype=float32", "--num_layers=2",
                   "--num_models=3", "--num_epochs=1", "--kd_alpha=0.5", "--ngram_order=3",
-                  "--final_mixture=ngram", f"--runs_dir={runs}")
+                  "--final_mixture=ngram", "--log_steps=5", "--batch_rows=8", "--seed=1",
+                  f"--runs_dir={runs}")
     assert (done.returncode, done.stderr) == (0, "")
     folder, = runs.iterdir()
     return read_run(folder, done.stdout)
@@ -223,6 +224,7 @@ def test_result_says_what_was_run_and_what_it_cost(prose):
     assert result["overrides"] == {
         "preset": "toy", "device": "cpu", "dtype": "float32", "num_layers": 2, "num_models": 3,
         "num_epochs": 1, "kd_alpha": 0.5, "ngram_order": 3, "final_mixture": "ngram",
+        "log_steps": 5, "batch_rows": 8, "seed": 1,
         "runs_dir": str(prose.folder.parent)}
     assert result["config"].items() >= {**result["overrides"], "track": "cpu"}.items()
     assert result["data_sha256"] == {
@@ -553,7 +555,7 @@ def alone(copied_alone):
     folder, environment = copied_alone
     code, out, err = stop_after_first_step(ALONE, folder, environment)
     assert code == 128 + signal.SIGTERM, err
-    name = re.fullmatch(r"stopped   member 1 after step \d+; .* --run_id=(\S+)\n", err)[1]
+    name = re.fullmatch(r"stopped   member \d after step \d+; .* --run_id=(\S+)\n", err)[1]
     done = python(*ALONE, f"--run_id={name}", cwd=folder, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     return out, read_run(folder / "runs" / name, done.stdout)

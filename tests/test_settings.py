@@ -74,16 +74,6 @@ def test_what_is_typed_beats_track_and_toy():
                                     FIELDS["num_epochs"].metadata["toy"])
 
 
-@pytest.mark.parametrize("first, epochs", [(8, 11), (14, 22), (0, 1)])
-def test_teeth_rise_once_an_epoch(first, epochs):
-    """0.65 as an epoch begins and 1.5 as it ends; a jump back between them."""
-    points = train_gpt.teeth(first, epochs)
-    assert len(points) == 2 * (epochs - first)
-    for i, (progress, value) in enumerate(points):
-        assert progress * epochs == pytest.approx(first + (i + 1) // 2, abs=2e-3)
-        assert value == (0.65, 1.5)[i % 2]
-
-
 # ==== Text of a value ===========================================================================
 @pytest.mark.parametrize("track, preset", EVERY_TRACK)
 def test_text_of_a_value_gives_the_value_back(track, preset):
