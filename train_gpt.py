@@ -45,10 +45,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
-
-# ==== Settings ==========================================================================
 TRACK_NAMES = ("cpu", "mini", "tiny", "limited", "two_hour", "unlimited")
 
+# ==== Settings ==========================================================================
 def opt(default, meaning, *choices, least=None, most=1e15, toy=None, **tracks):
     """A field of Config: its default, meaning and choices, and the tracks in which it differs.
     Numbers are at least 0, whole ones whose default is not 0 at least 1, unless `least` says
@@ -273,8 +272,7 @@ def parse_schedule(text, width):
 def as_text(value):
     """The reverse of parse: schedules as "0:1,1:2", false for False, 1 for 1.0."""
     if isinstance(value, (tuple, list)):
-        points = [":".join(as_text(float(number)) for number in point) for point in value]
-        return ",".join(points)
+        return ",".join(":".join(as_text(float(n)) for n in point) for point in value)
     if isinstance(value, float):
         return f"{value:.10g}"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -326,12 +324,12 @@ def check_combinations(c):
         if not re.fullmatch(pattern, getattr(c, name)):
             raise UserError(f"--{name}={getattr(c, name)}: must match {pattern}")
 
-if __name__ == "__main__":
+if __name__ == "__main__":      # before imports that take seconds and an environment
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # threads that wait leave cores to others
-if __name__ == "__main__" and {"--help", "-h"} & set(sys.argv[1:]):
-    settings = Path(__file__).read_text(encoding="utf-8").partition("class Config:\n")[2]
-    print(__doc__ + "\nFields, as --field=value:\n" + settings.partition("\n    @property")[0])
-    sys.exit()          # before imports that take seconds and an environment
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        settings = Path(__file__).read_text(encoding="utf-8").partition("class Config:\n")[2]
+        print(__doc__ + "\nFields, as --field=value:\n" + settings.partition("\n    @property")[0])
+        sys.exit()
 
 import numpy as np
 import torch
@@ -414,7 +412,8 @@ def start_runtime(config):
         has_mps = torch.backends.mps.is_available() and world_size == 1
         kind = "cuda" if gpus else "mps" if has_mps else "cpu"
     if kind == "cuda" and local_world_size > gpus:
-        raise UserError(f"{gpus} GPU(s) for {local_world_size} process(es); or use --device=cpu")
+        raise UserError(f"{gpus} GPU(s) for {local_world_size} process(es); lower"
+                        " --nproc_per_node or use --device=cpu")
     device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -663,7 +662,7 @@ def stage_at(stages, progress):
     """The stage that training is in: the last that has begun."""
     return max(stage for stage in stages if stage.start <= progress)
 
-def layer_windows(config, short=0.5, long=1.0):
+def layer_windows(config, short, long):
     """Keys that a query of each layer sees, itself included; short, long: parts of a row."""
     parts = {"S": short, "L": long}
     kinds = itertools.islice(itertools.cycle(config.window_pattern), config.num_layers - 1)
@@ -2138,14 +2137,14 @@ def train_members(trainer, data, log, states):
     """Train the members that are not finished; returns their facts and (main) their scores."""
     config = trainer.config
     state = states.load()
-    finished = find_finished(config, log)
+    finished, weights = find_finished(config, log)
     members, scores, total = [], [], -np.inf
     for number in range(1, config.num_models + 1):
         if number in finished:
             facts, logp = finished[number]
             trainer.clocks = Clocks(**facts["clocks"])
-            if number + 1 not in finished:      # which learns from it, or begins as it ended
-                trainer.model.load_state_dict(read_tensors(member_path(log.folder, number))[0])
+            if number in weights:
+                trainer.model.load_state_dict(weights.pop(number))
         else:
             facts, logp = train_member(number, trainer, data, log, states, state)
             facts["clocks"] = trainer.clocks.seconds()
@@ -2173,21 +2172,21 @@ def save_member(number, trainer, folder, facts, logp):
                   {split: torch.from_numpy(p) for split, p in logp.items()}, facts)
 
 def find_finished(config, log):
-    """{number: (facts, {split: log p} on the main process)} of the members that are whole."""
-    finished = {}
+    """{number: (facts, {split: log p})} of whole members, {number: weights that the next needs}."""
+    finished, weights = {}, {}
     for number in range(config.num_models, 0, -1):
-        weights, scores = [member_path(log.folder, number, kind) for kind in ("", ".logp")]
-        if weights.exists() and scores.exists():
+        paths = [member_path(log.folder, number, kind) for kind in ("", ".logp")]
+        if all(path.exists() for path in paths):
             try:
-                logp, facts = read_tensors(scores)
-                if number + 1 not in finished:      # which needs the weights
-                    read_tensors(weights)
+                logp, facts = read_tensors(paths[1])
+                if number + 1 not in finished:
+                    weights[number], _ = read_tensors(paths[0])
             except UserError as error:
                 log.say(f"warning   {error}; the member is trained again")
                 continue
             logp = {split: values.numpy() for split, values in logp.items() if log.is_main}
             finished[number] = (facts, logp)
-    return finished
+    return finished, weights
 
 def run(config, overrides):
     """Train the members, write the run's folder; returns the result on the main process."""
@@ -2257,7 +2256,9 @@ def report_error(error):
     elif not isinstance(error, (UserError, OSError, FloatingPointError)):
         return None
     shared = (UserError, Stopped, KeyboardInterrupt, FloatingPointError)
-    if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, shared):
+    if os.environ.get("LOCAL_RANK", "0") != "0" and isinstance(error, shared):
+        time.sleep(1)       # torchrun ends all when the first one ends: not before it has spoken
+    else:
         print(message, file=sys.stderr)
     return code
 

@@ -3,7 +3,6 @@
     python -m pytest tests/test_ensemble.py
 """
 import math
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ import pytest
 
 from data import ngram
 from helpers import relative_error, small_config
-from train_gpt import (OtherMember, UserError, count_ngram, ensemble_curve, fit_by_bucket,
+from train_gpt import (OtherMember, count_ngram, ensemble_curve, fit_by_bucket,
                        fit_mixture, learned_mixture, mean_loss, mixture_logp)
 
 

@@ -11,7 +11,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from chaos import RUN, Launch, assert_same, chaos, free_port, worlds
-from helpers import LAUNCHER, SCRIPT, clean_environment, main, make_dataset
+from helpers import SCRIPT, clean_environment, main, make_dataset
 
 import train_gpt
 from train_gpt import TRACKS, Trainer, read_tensors
@@ -282,33 +281,6 @@ def test_a_refusal_of_the_first_process_ends_the_others(data, whole, tmp_path):
     assert codes == [2, 2]
     said = (tmp_path / "console").read_text(encoding="utf-8")
     assert re.fullmatch("error: [^\n]*seed=5 .was 1[^\n]*\n", said), said
-
-
-@pytest.mark.parametrize("variables, words", [
-    ({"RANK": "1"}, ["1, 0, 1, 1"]),
-    ({"RANK": "2", "WORLD_SIZE": "2"}, ["2, 0, 2, 1"]),
-    ({"RANK": "0", "WORLD_SIZE": "two"}, ["0, 0, two, 1"]),
-    ({"RANK": "-1", "WORLD_SIZE": "2"}, ["-1, 0, 2, 1"]),
-    ({"WORLD_SIZE": ""}, ["torchrun"]),
-    ({"RANK": "0", "WORLD_SIZE": "2"}, ["cannot meet", "MASTER_ADDR"]),
-    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "taken"},
-     ["cannot meet", "taken"]),
-    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "in use"},
-     ["cannot meet", "EADDRINUSE"])],
-    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items())
-    if isinstance(value, dict) else "")
-def test_variables_of_no_launcher_are_refused(variables, words, data, tmp_path, monkeypatch):
-    with socket.socket() as busy:
-        busy.bind(("127.0.0.1", 0))
-        busy.listen()
-        for name in LAUNCHER:
-            monkeypatch.delenv(name, raising=False)
-        for name, text in variables.items():
-            monkeypatch.setenv(name, text if text != "in use" else str(busy.getsockname()[1]))
-        code, err = short(tmp_path, data)
-    assert code == 2 and re.fullmatch("error: [^\n]+\n", err), err
-    assert all(word in err for word in words), err
-    assert not list(tmp_path.iterdir())
 
 
 # ==== Signals ===================================================================================

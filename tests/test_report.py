@@ -16,9 +16,9 @@ import train_gpt
 from helpers import (
     BOS, SCRIPT, VOCAB, SlowModel, make_dataset, random_model, random_trainer, small_config)
 from train_gpt import (
-    TRACKS, Log, UserError, announce, as_text, data_efficiency, equivalent_tokens, generate,
-    hardware_name, load_dataset, minutes, num_parameters, peak_flops, percent, read_ranks,
-    result_lines, summarize)
+    TRACKS, Log, Member, UserError, announce, as_text, collect_state, data_efficiency,
+    equivalent_tokens, generate, hardware_name, load_dataset, member_facts, minutes,
+    num_parameters, peak_flops, percent, read_ranks, restore_state, result_lines, summarize)
 
 # ==== Data efficiency ===========================================================================
 PUBLIC = [[2e8, 3.703], [4e8, 3.370], [6e8, 3.200], [8e8, 3.123], [1e9, 3.046], [2e9, 2.892]]
@@ -76,7 +76,8 @@ def summary(mixture="ngram", bytes_per_token=4.0, curve=CURVE):
     data = SimpleNamespace(bytes_per_token={"val": bytes_per_token}, meta={}, hashes={"f": "0"})
     logp = np.log(np.array([0.5, 0.25, 0.25, 0.5]))
     others = {"ngram": SimpleNamespace(logp={"val": logp, "holdout": logp[:2]})}
-    result = summarize(small_config(final_mixture=mixture), data, MEMBERS, curve, others)
+    config = small_config(final_mixture=mixture, ngram_order=2)
+    result = summarize(config, data, MEMBERS, curve, others)
     return result | {"train_seconds": 3725.9, "compile_seconds": 59.9, "eval_seconds": 0.0,
                      "wall_seconds": 3900.0, "over_time_limit": False, "mfu": 0.4321,
                      "tokens_per_second": 1234567.8, "peak_memory_bytes": 3 * 2 ** 30}
@@ -130,6 +131,37 @@ def test_minutes(seconds, text):
     (None, "n/a"), (0, "n/a"), (0.4321, "43.2%"), (0.00049, "0.0%"), (1.0, "100.0%")])
 def test_percent(fraction, text):
     assert percent(fraction) == text
+
+
+def test_a_run_that_goes_on_counts_its_seconds_on(monkeypatch):
+    """Time between two launches is not the run's; compilation and evaluation train nothing."""
+    now, compiled = [1000.0], [7.0]
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(torch._dynamo.utils, "calculate_time_spent",
+                        lambda: {"total_wall_time": compiled[0]})
+    data = SimpleNamespace(train=[np.append(BOS, np.arange(50))] * 4, bos=BOS)
+
+    def begin():
+        trainer = random_trainer()
+        trainer.start_member(1, 1001)
+        return trainer, Member(1, trainer, data)
+
+    trainer, _ = begin()
+    now[0] += 10
+    member = Member(1, trainer, data)
+    member.step = 2
+    now[0], compiled[0], trainer.clocks.eval = now[0] + 100, compiled[0] + 20, 5.0
+    state = collect_state(trainer, member)
+
+    now[0], compiled[0] = 50_000.0, 3.0
+    resumed, again = begin()
+    now[0], compiled[0] = now[0] + 1_000, compiled[0] + 50
+    restore_state(state, resumed, again)
+    assert resumed.clocks.seconds() == pytest.approx({"wall": 110, "compile": 20, "eval": 5})
+    assert member_facts(resumed, again)["train_seconds"] == 75
+    now[0], compiled[0], resumed.clocks.eval = now[0] + 8, compiled[0] + 3, 6.0
+    assert resumed.clocks.seconds() == pytest.approx({"wall": 118, "compile": 23, "eval": 6})
+    assert member_facts(resumed, again)["train_seconds"] == 79
 
 
 # ==== Devices ===================================================================================

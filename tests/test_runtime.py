@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import train_gpt
 from helpers import CPU, LAUNCHER, ROOT, TOY, main, torchrun
-from train_gpt import (Runtime, UserError, choose_attention, launcher_ranks, make_config,
+from train_gpt import (Runtime, choose_attention, launcher_ranks, make_config,
                        missing_for_compile, plan_launch, start_runtime)
 
 TOY_RUN = ["--track=cpu", *TOY]
@@ -130,7 +130,7 @@ def test_gpus_that_are_not_there(gpus, processes, monkeypatch, environment, tmp_
                           f"--runs_dir={tmp_path / 'runs'}")
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {gpus} GPU(s) for {processes} process(es); ")
-    assert "--device=cpu" in err
+    assert "--device=cpu" in err and "--nproc_per_node" in err
     assert not list(tmp_path.iterdir())
 
 

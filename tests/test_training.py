@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import train_gpt
-from helpers import (BOS, CPU, VOCAB, batch, gradients_of, main, make_dataset, random_tokens,
-                     random_trainer, randomize, relative_error, rng, small_config, train, TINY)
+from helpers import (BOS, VOCAB, batch, gradients_of, main, make_dataset, random_tokens,
+                     random_trainer, randomize, relative_error, small_config, train, TINY)
 from train_gpt import (GPT, Clocks, Log, Member, Trainer, UserError, collect_state,
                        gradients_that_fit, load_dataset, make_config, member_facts,
                        micro_batch_rows, parse, read_tensors, result_lines, run_costs, start_runtime,
