@@ -59,7 +59,7 @@ def opt(default, meaning, *choices, least=None, most=1e15, toy=None, **tracks):
 def teeth(first, epochs):
     """Points of wd_schedule: decay rises within each epoch from `first` on (slowrun #82)."""
     return tuple(point for epoch in range(first, epochs) for point in (
-        (round(epoch / epochs, 4), 0.65), (round((epoch + 1) / epochs, 4), 1.5)))
+        (epoch / epochs, 0.65), ((epoch + 1) / epochs, 1.5)))
 
 @dataclass(frozen=True)
 class Config:
@@ -181,7 +181,7 @@ class Config:
     weight_decay: float = opt(1.3, "of matrices, embedding and head", cpu=1, tiny=0.8)
     wd_schedule: tuple = opt(
         ((0, 1),), "(progress, multiplier) of weight_decay",
-        tiny=((0, 1), (0.1333, 1), (0.5333, 0.125), (1, 1.1625)),
+        tiny=((0, 1), (2 / 15, 1), (8 / 15, 0.125), (1, 1.1625)),
         limited=((0, 1), (0.4, 1), *teeth(8, 11)), two_hour=((0, 1), (0.4, 1), *teeth(14, 22)),
         unlimited=((0, 0.7), (1, 1)))
     lr_warmdown: float = opt(0.2, "last part of the steps, in which rates fall", most=1,
@@ -274,7 +274,7 @@ def as_text(value):
     if isinstance(value, (tuple, list)):
         return ",".join(":".join(as_text(float(n)) for n in point) for point in value)
     if isinstance(value, float):
-        return f"{value:.10g}"
+        return repr(value).removesuffix(".0")
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 def make_config(track, **overrides):
@@ -638,8 +638,8 @@ class Rows:
 
 # ==== Model =============================================================================
 # What changes in training: the progress at which a stage begins, how often looped layers and the
-# whole network run (passes but the last are detached), how many keys a query of each layer sees,
-# itself included, and the (old, new) sizes of the L window.
+# whole network run (passes but the last are detached), how many keys before its own a query of
+# each layer sees, and the (old, new) sizes of the L window.
 Stage = namedtuple("Stage", "start loops passes windows growths")
 
 def training_stages(config):
@@ -663,7 +663,7 @@ def stage_at(stages, progress):
     return max(stage for stage in stages if stage.start <= progress)
 
 def layer_windows(config, short, long):
-    """Keys that a query of each layer sees, itself included; short, long: parts of a row."""
+    """Keys before its own that a query of each layer sees; short, long: parts of a row."""
     parts = {"S": short, "L": long}
     kinds = itertools.islice(itertools.cycle(config.window_pattern), config.num_layers - 1)
     return tuple(max(1, round(parts[kind] * config.seq_len)) for kind in (*kinds, "L"))
@@ -687,7 +687,8 @@ def yarn(frequency, growths):
         scale *= 0.2 * math.log(new / old) + 1
     return frequency, scale
 
-# A layer's attention: how many keys a query sees, make_mask's mask, (cos, sin) [T, 1, Dh/2], which
+# A layer's attention: how many keys before its own a query sees (as in the public scripts: S + 1
+# with it), make_mask's mask, (cos, sin) [T, 1, Dh/2], which
 # key channels [Dh] are of the token before (None: none), the scale of q k, and Runtime's path.
 AttentionSpec = namedtuple("AttentionSpec", "window mask rope from_before scale path")
 
@@ -717,7 +718,7 @@ def attend(q, k, v, spec):
     """Causal attention, q, k, v [B, T, H, Dh] -> [B, T, H, Dh]."""
     if spec.path == "fa3":
         from flash_attn_interface import flash_attn_func
-        y = flash_attn_func(q, k, v, causal=True, window_size=(spec.window - 1, 0),
+        y = flash_attn_func(q, k, v, causal=True, window_size=(spec.window, 0),
                             softmax_scale=spec.scale)
         return y[0] if isinstance(y, tuple) else y
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -730,14 +731,14 @@ def attend(q, k, v, spec):
 
 def make_mask(window, length, device, path):
     """The mask that `attend` wants for rows of `length` tokens."""
-    if path == "fa3" or (path == "sdpa" and window >= length):
+    if path == "fa3" or (path == "sdpa" and window >= length - 1):
         return None
     if path == "flex":
-        return create_block_mask(lambda b, h, q, k: (k <= q) & (q - k < window), None, None,
+        return create_block_mask(lambda b, h, q, k: (k <= q) & (q - k <= window), None, None,
                                  length, length, device=device)
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < window)
+    return (distance >= 0) & (distance <= window)
 
 class Attention(nn.Module):
     """Causal self-attention with QK-norm, gated value projections and a gate per head."""
@@ -876,14 +877,17 @@ class GPT(nn.Module):
             if self.x0_lambdas is not None:
                 x = x + self.x0_lambdas[i] * x0
             value = self.value_projs[str(i)](x0) if str(i) in self.value_projs else None
-            y = self.blocks[i](x, value, specs.attention[i])
-            if self.training and config.stochastic_depth * i:    # slowrun #62: -0.003
-                kept = torch.rand((), device=x.device) >= config.stochastic_depth * i / last
-                y = torch.where(kept, y, x)
-            x = y
+            x = self.drop_block(i, self.blocks[i](x, value, specs.attention[i]), x)
             if i < mirror:
                 skips[i] = x
         return x
+
+    def drop_block(self, i, y, x):
+        """Block i's y, or in training its x at times: stochastic depth (slowrun #62: -0.003)."""
+        probability = self.config.stochastic_depth * i / max(1, self.config.num_layers - 1)
+        if not self.training or not probability:
+            return y
+        return torch.where(torch.rand((), device=x.device) >= probability, y, x)
 
     def forward(self, tokens, specs=None):
         """int64 [B, T] -> normalized final hidden states [B, T, D]; specs: the last stage's."""
@@ -900,7 +904,7 @@ class GPT(nn.Module):
         hidden: what `forward(tokens)` returned; next_tokens: int64 [B, T], its targets."""
         following = norm(self.wte(next_tokens).to(self.dtype))
         x = self.mtp_proj(torch.cat((hidden, following), dim=-1))
-        return norm(self.mtp_block(x, None, specs.mtp))
+        return norm(self.drop_block(self.config.num_layers, self.mtp_block(x, None, specs.mtp), x))
 
     def logits(self, hidden):
         """[..., D] -> softcapped fp32 logits [..., vocab_size], without the padding."""
@@ -913,7 +917,7 @@ def num_parameters(module):
 def flops_per_token(config, stage):
     """Training FLOPs a token: 6 a matmul parameter, 12 D a key that a query sees, each use."""
     def attention(window):                      # by the mean of the keys over a row
-        keys = window * (window + 1) / 2 + (config.seq_len - window) * window
+        keys = sum(min(position, window) + 1 for position in range(config.seq_len))
         return 12 * config.model_dim * keys / config.seq_len
 
     with torch.device("meta"):
@@ -1056,8 +1060,8 @@ def parameter_table(c):
         (r".*attn\.gate\.weight", ("constant", 0.0), *gates),
         (r".*attn\.value_gate\.weight", ("constant", 0.0), *muon),
         (r".*\.proj\.weight", proj, *muon),
-        (r".*(\.[qkv]|\.fc|mlp\.gate|value_projs\.\d+|mtp_proj)\.weight", ("unit gain", 1.0),
-         *muon),
+        (r".*(\.[qkv]|\.fc|mlp\.gate|value_projs\.\d+)\.weight", ("unit gain", 1.0), *muon),
+        (r"mtp_proj\.weight", ("unit gain", 2 ** 0.5), *muon),      # as if of one input, not two
     )]
 
 def find_row(table, name):
@@ -1223,7 +1227,7 @@ def base_multiplier(config, progress):
 def lr_multiplier(config, progress):
     """base_multiplier; in each of the last sawtooth_epochs a cosine from it to its floor."""
     base = base_multiplier(config, progress)
-    epoch = progress * config.num_epochs
+    epoch = round(progress * config.num_epochs, 9)      # 15.999999999999998 is 16
     if not config.sawtooth_epochs or epoch < config.num_epochs - config.sawtooth_epochs:
         return base
     floor = config.sawtooth_floor
@@ -1782,7 +1786,7 @@ class Trainer:
             generator = torch.Generator(runtime.device).manual_seed(seed)
             for p in self.model.parameters():
                 noise = torch.randn(p.shape, generator=generator, device=runtime.device)
-                p += perturbation(config, number) * p.std(correction=0) * noise
+                p += perturbation(config, number) * p.std(correction=min(1, p.numel() - 1)) * noise
         else:
             self.model.init_weights(seed)
         torch.manual_seed(7919 * seed + runtime.rank)       # dropout differs between ranks

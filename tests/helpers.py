@@ -224,7 +224,7 @@ def sigmoid(x):
 class SlowModel:
     """The transformer in NumPy, one row and one query at a time, from the formulas.
 
-    windows: keys that a query of each layer sees, itself included; loops, passes: of the stage;
+    windows: keys before its own that a query of each layer sees; loops, passes: of the stage;
     growths: (old, new) L windows for YaRN; kept: an iterator of bools, one for each block that is
     run: False skips it.
     """
@@ -287,7 +287,7 @@ class SlowModel:
                 k[1:, still] = k[:-1, still].copy()
             y = np.zeros((T, d))
             for i in range(T):
-                seen = range(max(0, i - window + 1), i + 1)
+                seen = range(max(0, i - window), i + 1)
                 score = np.exp(factor / math.sqrt(d) * (k[seen] @ q[i]))
                 y[i] = score / score.sum() @ v[seen]
                 if config.xsa:  # y - tanh(a) (y . v^) v^

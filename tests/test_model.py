@@ -25,7 +25,7 @@ from train_gpt import (GPT, AttentionSpec, attend, flops_per_token, layer_order,
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 T = 12                      # tokens of a row of small_config
-SSSL = (6, 6, 6, 12)        # keys that queries of its four layers see
+SSSL = (6, 6, 6, 12)        # keys before their own that queries of its four layers see
 ANGLES = 2e-5               # relative error that is left by the rotation's angles, which are fp32
 LOOP = dict(loop_start=1, loop_end=2, loop_count=2)
 # slow rotations, of which some are interpolated and some kept as windows grow
@@ -76,15 +76,15 @@ def spec_of(path, window, length, scale):
 
 
 @pytest.mark.parametrize("path", ["sdpa", "flex", "fa3"])
-@pytest.mark.parametrize("window, scale", [(1, 0.5), (2, 0.8), (5, 0.5), (15, 0.8), (16, 0.5),
+@pytest.mark.parametrize("window, scale", [(0, 0.8), (1, 0.5), (2, 0.8), (5, 0.5), (14, 0.5), (15, 0.8), (16, 0.5),
                                            (40, 0.8)])
 def test_attend_against_a_slow_loop(path, window, scale, every_path):
-    """A query sees `window` keys, its own included."""
+    """A query sees `window` keys before its own, and its own."""
     B, length, H, d = 2, 16, 3, 4
     q, k, v = (randn(B, length, H, d, seed=i) for i in range(3))
     expected = np.zeros((B, length, H, d))
     for b, i, h in np.ndindex(B, length, H):
-        seen = range(max(0, i - window + 1), i + 1)
+        seen = range(max(0, i - window), i + 1)
         weights = np.array([np.exp(float(q[b, i, h] @ k[b, j, h]) * scale) for j in seen])
         expected[b, i, h] = weights / weights.sum() @ v[b, list(seen), h].numpy()
     assert relative_error(attend(q, k, v, spec_of(path, window, length, scale)), expected) < 1e-12
@@ -405,6 +405,23 @@ def test_stochastic_depth_against_slow_reference(monkeypatch):
     assert len(outcomes) > 1 and sizes == [((),)] * 20      # one number a block call
 
 
+@pytest.mark.parametrize("draw, is_kept", [(0.79, False), (0.81, True)])
+def test_stochastic_depth_of_the_mtp_block(monkeypatch, draw, is_kept):
+    """It counts as layer L: skipped with probability p L / (L - 1), 0.6 * 4 / 3 here."""
+    model = random_model(small_config(stochastic_depth=0.6, mtp_weight=0.3)).train()
+    tokens = random_tokens(model.config, 1, T)
+    following = random_tokens(model.config, 1, T, seed=1)
+    specs = model.specs()
+    hidden = model.eval()(tokens, specs)
+    model.train()
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.tensor(draw))
+    rows = torch.cat((hidden, F.rms_norm(model.wte(following), (48,))), dim=-1)
+    x = rows @ model.mtp_proj.weight.T
+    y = model.mtp_block(x, None, specs.mtp) if is_kept else x
+    expected = F.rms_norm(y, (48,))
+    assert relative_error(model.mtp_hidden(hidden, following, specs), expected) < 1e-12
+
+
 @pytest.mark.parametrize("in_mlp", [True, False])
 def test_dropout_is_behind_both_output_projections(in_mlp):
     """x + m1 attn(norm(x)), then x + m2 mlp(norm(x)); m is 0 with probability p, else 1/(1-p)."""
@@ -525,7 +542,7 @@ def test_flops_per_token_against_the_products_that_are_run(name, mtp_weight):
     windows = known.get("windows", SSSL)
     windows += tuple(windows[i] for i in loops) * (config.loop_count - 1)
     uses = 4 / 3 if known.get("passes") == 2 else 1         # the first pass has no backward
-    keys = [sum(min(i + 1, window) for i in range(T)) / T for window in (*windows, T)]
+    keys = [sum(min(i, window) + 1 for i in range(T)) / T for window in (*windows, T)]
     keys = uses * sum(keys[:-1]) + bool(mtp_weight) * keys[-1]
     flops = flops_per_token(config, training_stages(config)[-1])
     assert flops == pytest.approx(weights + 12 * config.model_dim * keys, rel=1e-9)
@@ -552,7 +569,8 @@ def test_initial_weights(proj_init):
             assert not p.any(), name
         else:
             is_normal = is_proj or name in ("wte.weight", "head.weight")
-            inputs = 96 if is_proj else p.shape[1]      # of the residual stream, in the MLP's, too
+            # of the residual stream, in the MLP's and in mtp_proj, too
+            inputs = 96 if is_proj or name == "mtp_proj.weight" else p.shape[1]
             std = {"wte.weight": 0.7, "head.weight": 0.003}.get(name, inputs ** -0.5)
             assert p.std().item() == pytest.approx(std, rel=0.04), name
             assert abs(p.mean().item()) < 0.04 * std, name

@@ -7,6 +7,7 @@ parameters, steps and FLOPs, rates, windows and batches. Its own tracks may be e
 """
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from train_gpt import (GPT, Config, Rows, base_multiplier, find_row, flops_per_t
 
 def teeth(first, epochs):
     """Points of decay that rises from 0.65 to 1.5 in each epoch from `first` on."""
-    return [(round((epoch + end) / epochs, 4), (0.65, 1.5)[end])
+    return [((epoch + end) / epochs, (0.65, 1.5)[end])
             for epoch in range(first, epochs) for end in (0, 1)]
 
 
@@ -40,7 +41,7 @@ TRACKS = {
         num_epochs=15, num_layers=16, model_dim=1024, num_heads=8, resid_init=1.1, xsa=True,
         iha=False, recurrence_from=0.7, loop_count=1, loop_start=0, loop_end=0, loop_from_epoch=0,
         mtp_weight=0.0, lr_warmdown=0.4, lr_power=1.0, sawtooth_epochs=4, weight_decay=0.8,
-        wd_schedule=((0, 1), (0.1333, 1), (0.5333, 0.125), (1, 1.1625))),
+        wd_schedule=((0, 1), (2 / 15, 1), (8 / 15, 0.125), (1, 1.1625))),
     "limited": dict(
         num_epochs=11, loop_from_epoch=6, sawtooth_epochs=3,
         wd_schedule=((0, 1), (0.4, 1), *teeth(8, 11))),
@@ -61,6 +62,8 @@ PUBLISHED = {
     "unlimited": (1.541e9, 1.870e9, [25.5e9]),
 }
 CONFIGS = {track: Config(**{**SHARED, **changes}) for track, changes in TRACKS.items()}
+# lengths of a member of which ends of epochs are steps, or not
+MORE_STEPS = (0, 1, 2, 3, 11, 100)
 every_track = pytest.mark.parametrize("track", PUBLIC)
 
 
@@ -128,7 +131,7 @@ def flops_by_hand(config, loops, passes, short, long):
     for i in [*range(L), *[*looped] * (loops - 1)]:
         weights = block_weights(config) + ((D * D + 32 * H) if i % 2 == 1 else 0)
         window = long if i % 4 == 3 or i == L - 1 else short
-        trunk += 6 * weights + 12 * D * np.minimum(np.arange(1, T + 1), window).mean()
+        trunk += 6 * weights + 12 * D * np.minimum(np.arange(1, T + 1), window + 1).mean()
     mtp = 0
     if config.mtp_weight:
         mtp = 6 * (block_weights(config) + 2 * D * D + head)
@@ -215,24 +218,42 @@ def test_windows_of_two_hour():
 
 # ==== Rates, decay, batches =====================================================================
 def learning_rate(config, progress):
-    """Warmdown of exponent p, then the sawtooth: a cosine from it to 0.05 in each last epoch."""
-    left = min(1.0, (1 - progress) / config.lr_warmdown)
+    """Warmdown of exponent p, then the sawtooth: a cosine from it to 0.05 in each last epoch.
+
+    progress: a Fraction, so that no step is on the wrong side of an epoch's end.
+    """
+    left = min(1.0, float(1 - progress) / config.lr_warmdown)
     base = config.lr_floor + (1 - config.lr_floor) * left ** config.lr_power
     epoch = progress * config.num_epochs
     if epoch < config.num_epochs - config.sawtooth_epochs:
         return base
-    tooth = (1 + math.cos(math.pi * (epoch - int(epoch)))) / 2
+    tooth = (1 + math.cos(math.pi * float(epoch - int(epoch)))) / 2
     return 0.05 + (max(base, 0.05) - 0.05) * tooth
 
 
 @every_track
-def test_learning_rate(track):
+@pytest.mark.parametrize("more", MORE_STEPS)
+def test_learning_rate_of_every_step(track, more):
     config = CONFIGS[track]
     plain = replace(config, sawtooth_epochs=0)
-    for progress in np.linspace(0, 0.9999, 777):
-        assert lr_multiplier(config, progress) == pytest.approx(
-            learning_rate(config, progress), abs=1e-9)
-        assert lr_multiplier(plain, progress) == base_multiplier(config, progress)
+    steps = rows_of(config).num_steps + more
+    for step in range(steps):
+        assert lr_multiplier(config, step / steps) == pytest.approx(
+            learning_rate(config, Fraction(step, steps)), abs=1e-9), step
+        assert lr_multiplier(plain, step / steps) == base_multiplier(config, step / steps)
+
+
+@every_track
+@pytest.mark.parametrize("more", MORE_STEPS)
+def test_stage_of_every_step(track, more):
+    config = CONFIGS[track]
+    steps = rows_of(config).num_steps + more
+    stages = training_stages(config)
+    starts = {"tiny": [0, Fraction(7, 10)], "limited": [0, Fraction(6, 11)],
+              "two_hour": [0, Fraction(6, 22), Fraction(13, 22)], "unlimited": [0]}[track]
+    for step in range(steps):
+        begun = sum(Fraction(step, steps) >= start for start in starts)
+        assert stage_at(stages, step / steps) == stages[begun - 1], step
 
 
 def test_sawtooth_of_limited_restarts_with_each_epoch():
@@ -244,29 +265,50 @@ def test_sawtooth_of_limited_restarts_with_each_epoch():
 
 
 def weight_decay(track, progress):
-    """Base times multiplier, as the public tracks describe it."""
+    """Base times multiplier, as the public tracks describe it, exactly; progress: a Fraction."""
     if track in ("limited", "two_hour"):        # 1 until 40 %, .65 at the sawtooth's start, teeth
         epochs, last = {"limited": (11, 3), "two_hour": (22, 8)}[track]
-        epoch, start = progress * epochs, (epochs - last) / epochs
+        epoch, start = progress * epochs, Fraction(epochs - last, epochs)
         if progress < start:
-            return 1.3 * (1 - 0.35 * max(0.0, (progress - 0.4) / (start - 0.4)))
-        return 1.3 * (0.65 + 0.85 * (epoch % 1))
+            falling = max(0, (progress - Fraction(2, 5)) / (start - Fraction(2, 5)))
+            return Fraction(13, 10) * (1 - Fraction(35, 100) * falling)
+        return Fraction(13, 10) * (Fraction(65, 100) + Fraction(85, 100) * (epoch % 1))
     if track == "tiny":                         # .8 in epochs 1 and 2, .1 at the end of the 8th
         epoch = 15 * progress
-        return (0.8 if epoch < 2 else 0.8 - 0.7 * (epoch - 2) / 6 if epoch < 8 else
-                0.1 + 0.83 * (epoch - 8) / 7)
-    lr = 1 - 0.92 * progress                    # unlimited: rises from .91 as the LR falls
-    return 1.3 * (0.7 + 0.3 * (1 - lr) / (1 - 0.08))
+        if epoch < 2:
+            return Fraction(8, 10)
+        if epoch < 8:
+            return Fraction(8, 10) - Fraction(7, 10) * (epoch - 2) / 6
+        return Fraction(1, 10) + Fraction(83, 100) * (epoch - 8) / 7
+    lr = 1 - Fraction(92, 100) * progress       # unlimited: rises from .91 as the LR falls
+    return Fraction(13, 10) * (Fraction(7, 10) + Fraction(3, 10) * (1 - lr) / Fraction(92, 100))
 
 
 @every_track
-def test_weight_decay(track):
+@pytest.mark.parametrize("more", MORE_STEPS)
+def test_weight_decay_of_every_step(track, more):
+    """At full length, by exact rationals: which side of a jump a step is on as well."""
     config = CONFIGS[track]
-    for progress in np.linspace(0, 0.99999, 2000):
-        epoch = progress * config.num_epochs
-        if abs(epoch - round(epoch)) > 2e-3:    # the jumps are written to four digits
-            ours = config.weight_decay * piecewise_linear(config.wd_schedule, progress)
-            assert ours == pytest.approx(weight_decay(track, progress), rel=2e-3), progress
+    steps = rows_of(config).num_steps + more
+    for step in range(steps):
+        ours = config.weight_decay * piecewise_linear(config.wd_schedule, step / steps)
+        expected = float(weight_decay(track, Fraction(step, steps)))
+        assert ours == pytest.approx(expected, rel=1e-12), step
+
+
+def test_decay_falls_back_at_the_very_step_that_begins_an_epoch():
+    """4,191 steps are 190.5 an epoch of two_hour: every second epoch begins with a step."""
+    config = CONFIGS["two_hour"]
+    for step in (3048, 3429, 3810):
+        assert piecewise_linear(config.wd_schedule, step / 4191) == pytest.approx(0.65, rel=1e-12)
+        assert piecewise_linear(config.wd_schedule, (step - 1) / 4191) > 1.49
+
+
+def test_settings_come_back_from_their_text_to_the_last_bit():
+    for track in TRACKS:
+        for name in ("wd_schedule", "window_schedule"):
+            value = getattr(CONFIGS[track], name)
+            assert train_gpt.parse(name, train_gpt.as_text(value)) == value
 
 
 def test_momentum():

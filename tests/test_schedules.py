@@ -112,7 +112,7 @@ def test_teeth_rise_linearly_within_each_epoch(first, epochs):
         for part in (0.01, 0.25, 0.5, 0.99):
             expected = low + part * (high - low)
             ours = piecewise_linear(points, (epoch + part) / epochs)
-            assert ours == pytest.approx(expected, abs=2e-3 * epochs)   # edges have four digits
+            assert ours == pytest.approx(expected, rel=1e-12)
 
 
 # ==== Momentum and perturbation =================================================================

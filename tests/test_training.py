@@ -433,7 +433,7 @@ def test_members_begin_afresh():
 
 
 def test_members_that_continue_are_perturbed_and_keep_the_optimizer():
-    """p + s std(p) N(0, 1), where s falls from 0.25 to 0.05 along a cosine."""
+    """p + s std(p) N(0, 1), where s falls from 0.25 to 0.05 along a cosine; std is unbiased."""
     trainer = float32_trainer(num_models=5, continue_members=True, model_dim=96,
                               perturb_start=0.25, perturb_end=0.05)
     model = trainer.model
@@ -449,7 +449,7 @@ def test_members_that_continue_are_perturbed_and_keep_the_optimizer():
         trainer.start_member(number, 1000 + number)
         strength = 0.05 + 0.2 * (1 + math.cos(math.pi * (number - 2) / 3)) / 2
         for name, p in model.named_parameters():
-            std = before[name].std(correction=0)
+            std = before[name].std()
             if p.numel() > 1000 and std:
                 noise = (p.detach() - before[name]) / std
                 assert noise.std().item() == pytest.approx(strength, rel=0.05), name
@@ -460,6 +460,26 @@ def test_members_that_continue_are_perturbed_and_keep_the_optimizer():
         assert trainer.optimizer is optimizer and optimizer.steps == 17
         assert any((state == 3).all() for state in optimizer.groups[0].state.values())
     assert all(correlation(a, b) < 0.05 for a, b in zip(noises, noises[1:]))
+
+
+@pytest.mark.parametrize("num_layers", [2, 3, 5])
+def test_perturbation_of_a_few_numbers(num_layers, monkeypatch):
+    """By the unbiased standard deviation; a tensor of one number has none and stays."""
+    trainer = float32_trainer(num_models=2, continue_members=True, num_layers=num_layers,
+                              perturb_start=0.25)
+    trainer.start_member(1, 1001)
+    lambdas = {name: p for name, p in trainer.model.named_parameters() if p.ndim == 1}
+    with torch.no_grad():
+        for p in lambdas.values():
+            p.copy_(torch.arange(1.0, len(p) + 1) ** 2)
+    before = {name: p.detach().clone() for name, p in lambdas.items()}
+    monkeypatch.setattr(torch, "randn", lambda shape, **options: torch.ones(shape))
+    trainer.start_member(2, 1002)
+    for name, p in lambdas.items():
+        n, values = len(p), before[name].tolist()
+        mean = sum(values) / n
+        std = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else 0.0
+        assert (p - before[name]).tolist() == pytest.approx([0.25 * std] * n, rel=1e-5), name
 
 
 def test_member_that_continues_after_a_stop_begins_as_without_it():
