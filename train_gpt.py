@@ -95,7 +95,7 @@ class Config:
     vocab_size: int = opt(50257, "tokens of the dataset's vocabulary", cpu=2048, toy=2048)
     seq_len: int = opt(2048, "tokens a row", cpu=256, mini=1024, toy=64)
     batch_rows: int = opt(256, "rows a step, over all devices", cpu=8, mini=64, toy=16)
-    edge_batch_rows: int = opt(0, "of the outer quarters of members", unlimited=192, toy=12)
+    edge_batch_rows: int = opt(0, "of the outer quarters of members", unlimited=192, toy=8)
     device_batch_size: int = opt(4, "rows of a micro-batch; halved if memory runs out",
                                  cpu=8, mini=32, tiny=32, unlimited=2, toy=4)
     subset_fraction: float = opt(1, "part of the documents that a member sees", most=1)
@@ -194,7 +194,7 @@ class Config:
     meta_lr: float = opt(0, "norm of the meta-gradient's inner step", tiny=0.5, limited=0.5)
     meta_decay: bool = opt(False, "it falls with the rate's warmdown", limited=True)
     meta_scope: str = opt("matrices", "who takes it", "matrices", "mlp", tiny="mlp")
-    meta_rows: int = opt(16, "rows of half a virtual rank, for any number of GPUs", toy=2)
+    meta_rows: int = opt(16, "rows of half a virtual rank, for any number of GPUs", toy=1)
     dropout: float = opt(0.1, "after output projections", most=1, cpu=0, limited=0.05)
     mlp_dropout: bool = opt(True, "after the MLP's too", tiny=False)
     stochastic_depth: float = opt(0, "of the last block; linear", most=1, two_hour=0.05)
@@ -933,6 +933,30 @@ def flops_per_token(config, stage):
         modules = (model.mtp_block, model.mtp_proj, model.head)
         total += 6 * sum(num_parameters(module) for module in modules) + attention(config.seq_len)
     return total
+
+def step_flops(config):
+    """({stage: training FLOPs a token}, those of the teacher's forward)."""
+    stages = training_stages(config)
+    # a teacher's forward is a third of a step; 3 p - 2: all of its passes are forward only
+    last = stages[-1]._replace(passes=3 * stages[-1].passes - 2)
+    teacher = flops_per_token(replace(config, mtp_weight=0), last) / 3
+    return {stage: flops_per_token(config, stage) for stage in stages}, teacher
+
+def is_distilled(config, number):
+    """Whether member `number` (from 1) has a teacher."""
+    return bool(config.kd_alpha) and number >= max(2, config.kd_from)
+
+def planned_flops(config, tokens):
+    """Training FLOPs of each member, a list, with `tokens` an epoch."""
+    by_stage, teacher = step_flops(config)
+    totals = []
+    for number in range(1, config.num_models + 1):
+        batch_rows = config.rows_of(number)
+        steps = math.ceil(math.ceil((tokens - 1) / config.seq_len) * config.num_epochs / batch_rows)
+        a_token = sum(by_stage[stage_at(list(by_stage), step / steps)] for step in range(steps))
+        a_token += steps * teacher * is_distilled(config, number)
+        totals.append(a_token * batch_rows * config.seq_len)
+    return totals
 
 # ==== Loss ==============================================================================
 class LossSpec(NamedTuple):
@@ -1766,10 +1790,7 @@ class Trainer:
         self.stages = training_stages(config)
         self.specs = {stage: self.model.specs(stage) for stage in self.stages}
         self.last_specs = self.specs[self.stages[-1]]
-        self.flops = {stage: flops_per_token(config, stage) for stage in self.stages}
-        # a teacher's forward is a third of a step; 3 p - 2: all of its passes are forward only
-        last = self.stages[-1]._replace(passes=3 * self.stages[-1].passes - 2)
-        self.teacher_flops = flops_per_token(replace(config, mtp_weight=0), last) / 3
+        self.flops, self.teacher_flops = step_flops(config)
 
     @torch.no_grad()
     def start_member(self, number, seed, state=None):
@@ -1944,7 +1965,7 @@ class Member:
         config = trainer.config
         self.number = number
         self.seed = 1000 * config.seed + number
-        self.distill = trainer.teacher is not None and number >= max(2, config.kd_from)
+        self.distill = is_distilled(config, number)
         count = max(1, round(config.subset_fraction * len(data.train)))
         subset = np.random.default_rng((self.seed, 1)).permutation(len(data.train))[:count]
         self.rows = Rows([data.train[i] for i in sorted(subset)], config.seq_len,
