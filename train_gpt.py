@@ -1242,6 +1242,16 @@ class MuonAdamW:
         for grad in gradients:
             grad *= (self.config.grad_clip / (length + 1e-6)).clamp(max=1)
 
+def fixed_bytes(config, world_size, dtype):
+    """{what: bytes} that a process holds all the time, whatever its micro-batches."""
+    with torch.device("meta"):
+        model = GPT(config)
+        groups = MuonAdamW(model.named_parameters(), config, Runtime(0, world_size)).groups
+    weights = 4 * num_parameters(model)
+    state = sum(4 * part.numel() for group in groups for part in group.state.values())
+    teacher = weights // 4 * dtype.itemsize if config.kd_alpha else 0
+    return {"weights": weights, "gradients": weights, "optimizer": state, "teacher": teacher}
+
 # ==== Schedules: pure functions of progress, the part of the steps that is done =========
 def base_multiplier(config, progress):
     """Flat, then ((1 - progress) / warmdown) ** power down to the floor."""
