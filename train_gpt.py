@@ -31,12 +31,9 @@ import math
 import os
 import re
 import resource
-import shutil
 import signal
 import sys
-import sysconfig
 import textwrap
-import threading
 import time
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -81,14 +78,14 @@ class Config:
                             tiny=15, limited=60, two_hour=120, unlimited=4800)
     log_steps: int = opt(5, "steps between readings of the loss, for metrics.jsonl")
     log_seconds: float = opt(5, "seconds between progress lines")
-    save_minutes: float = opt(5, "minutes between states to go on from; 0: at ends only")
+    save_minutes: float = opt(15, "minutes between states to go on from; 0: at ends only")
     allow_changed: bool = opt(False, "go on though settings, source or data have changed")
     hang_minutes: float = opt(30, "minutes that processes wait for each other", least=0.05)
 
     # ---- data
     dataset: str = opt("data/fineweb", "folder of shards and meta.json", cpu="data/prose")
     train_tokens: int = opt(100_000_000, "the whole data budget, selection included",
-                            cpu=50_000, mini=4_000_000, toy=9_000)
+                            least=2, cpu=50_000, mini=4_000_000, toy=9_000)
     selection_tokens: int = opt(132_000, "whole documents, from the front", least=0,
                                 cpu=5_000, mini=60_000, toy=1_000)
     eval_tokens: int = opt(0, "tokens of val and of holdout that are scored; 0: all")
@@ -96,9 +93,8 @@ class Config:
     seq_len: int = opt(2048, "tokens a row", cpu=256, mini=1024, toy=64)
     batch_rows: int = opt(256, "rows a step, over all devices", cpu=8, mini=64, toy=16)
     edge_batch_rows: int = opt(0, "of the outer quarters of members", unlimited=192, toy=8)
-    device_batch_size: int = opt(4, "rows of a micro-batch; halved if memory runs out",
+    device_batch_size: int = opt(4, "rows of a micro-batch",
                                  cpu=8, mini=32, tiny=32, unlimited=2, toy=4)
-    subset_fraction: float = opt(1, "part of the documents that a member sees", most=1)
 
     # ---- members and ensemble
     num_models: int = opt(1, "members, in turn", cpu=4, mini=4, unlimited=96, toy=4)
@@ -121,7 +117,8 @@ class Config:
 
     # ---- model
     num_layers: int = opt(30, "blocks", cpu=4, mini=12, tiny=16, toy=4)
-    model_dim: int = opt(1792, "width", cpu=128, mini=768, tiny=1024, unlimited=2048, toy=64)
+    model_dim: int = opt(1792, "width", least=32, cpu=128, mini=768, tiny=1024, unlimited=2048,
+                         toy=64)
     num_heads: int = opt(14, "attention heads", cpu=4, mini=6, tiny=8, unlimited=16, toy=2)
     mlp_multiple: int = opt(256, "8/3 model_dim is rounded up to it", cpu=32, toy=32)
     swiglu: bool = opt(True, "SwiGLU MLP; off: squared ReLU of width 4 model_dim")
@@ -221,11 +218,11 @@ TRACKS = {track: {name: f.metadata["tracks"][track] for name, f in FIELDS.items(
                   if track in f.metadata["tracks"]} for track in TRACK_NAMES}
 TOY = dict(dataset="data/prose", eval_tokens=2_000, compile=False)     # and what `toy` limits
 FREE = ("run_id", "runs_dir", "log_seconds", "save_minutes", "allow_changed", "hang_minutes",
-        "time_limit")       # fields that do not change what a run computes
+        "time_limit", "device_batch_size", "loss_chunk")    # that change no more than rounding
 GATE_CHANNELS = 12          # of the residual stream, that attention gates read
 VALUE_GATE_CHANNELS = 32    # the same of the gates of value projections
-SAMPLE_TEMPERATURE = 0.8    # of the text that a run ends with
-FORMAT = 2                  # of run.json, states and result.json
+ASSUMED_MFU = 0.4           # of GPUs, for the estimate of time before a run
+CPU_FLOPS = 5e10            # of a core, for the same
 
 # ==== What is typed =====================================================================
 class UserError(ValueError):
@@ -244,6 +241,8 @@ def parse_arguments(arguments):
         name, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals:
             raise UserError(f"{argument!r} is not --field=value (--help lists the fields)")
+        if name in values:
+            raise UserError(f"--{name} is given twice: {values[name]} and {text}")
         values[name] = text
     return values
 
@@ -314,6 +313,12 @@ def check_combinations(c):
     if c.loop_count > 1 and not c.loop_start <= c.loop_end < c.num_layers:
         raise UserError(f"--loop_start={c.loop_start} --loop_end={c.loop_end}: not a range of"
                         f" layers 0..{c.num_layers - 1}")
+    if c.loop_count > 1 and c.loop_from_epoch >= c.num_epochs:
+        raise UserError(f"--loop_from_epoch={c.loop_from_epoch}, counted from 0, is after the last"
+                        f" of --num_epochs={c.num_epochs}; lower it, or --loop_count=1")
+    if c.kd_alpha and 1 < c.num_models < c.kd_from:
+        raise UserError(f"--kd_from={c.kd_from} is after the last of --num_models={c.num_models};"
+                        " lower it, or --kd_alpha=0")
     if c.final_mixture != "uniform" and not c.selection_tokens:
         raise UserError(f"--final_mixture={c.final_mixture} needs --selection_tokens")
     if c.ngram_order and not (ROOT / "data/ngram.py").exists():
@@ -401,7 +406,10 @@ def plan_launch(device, command="train"):
     processes = 1 << (max(1, gpus).bit_length() - 1) if command == "check" else 1
     if {"RANK", "WORLD_SIZE"} & set(os.environ):
         processes = launcher_ranks()[2]
-    return processes, "cpu" if not gpus else "mini" if processes == 1 else "limited"
+    if not gpus:
+        return processes, "cpu"
+    fits = torch.cuda.get_device_properties(0).total_memory > 60e9      # `limited`, in bytes
+    return processes, "limited" if processes > 1 and fits else "mini"
 
 def start_runtime(config):
     """Join the process group, if there is one to join; choose device, dtype and attention."""
@@ -429,7 +437,7 @@ def start_runtime(config):
     if config.dtype != "auto":
         dtype = getattr(torch, config.dtype)
     runtime = Runtime(rank, world_size, device, dtype)
-    missing = missing_for_compile(kind) if config.compile else ""
+    missing = why_no_compile(device) if config.compile else ""
     if missing:
         runtime.notes.append(f"compile   off: {missing}; slower")
     runtime.compile = config.compile and not missing
@@ -441,24 +449,23 @@ def start_runtime(config):
 def join_process_group(backend, config):
     """Join the group that torchrun announces. UserError if a port is taken, or no address.
     Keys are by attempt: after a restart gloo would else look for processes that are gone."""
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    attempt = "attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     timeout = timedelta(minutes=config.hang_minutes)        # the longest wait of a collective
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-        dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store),
+        dist.init_process_group(backend, store=dist.PrefixStore(attempt, store),
                                 rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"processes cannot meet: {str(error).splitlines()[0]}") from None
 
-def missing_for_compile(device_type):
-    """What torch.compile misses here on a device of this type, in words, or ""."""
-    variable, names = {"cpu": ("CXX", "clang++" if sys.platform == "darwin" else "g++"),
-                       "cuda": ("CC", "gcc clang")}.get(device_type, ("", ""))
-    names = os.environ.get(variable, names)
-    if not any(shutil.which(name) for name in names.split()):
-        return f"no compiler found for {device_type} ({names or 'none would do'})"
-    header = Path(sysconfig.get_path("include"), "Python.h")    # kernels are modules of Python
-    return "" if header.exists() else f"no {header} (on Debian: apt install python3-dev)"
+def why_no_compile(device):
+    """In a line why torch.compile fails on `device`, or "": the very compiler is tried."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+        return ""
+    except Exception as error:      # no compiler, no Python.h, a broken installation
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return (lines[1] if lines[1:] else str(error))[:200] + " (on Debian: g++ python3-dev)"
 
 def choose_attention(runtime, compiles_model):
     """FlashAttention 3 if it imports and a call succeeds, else what PyTorch ships."""
@@ -503,9 +510,9 @@ def read_shard(path, vocab_size, sha256=None):
     return tokens, bos, found
 
 def split_documents(tokens, bos):
-    """[n] -> list of views, one a document, each beginning with BOS."""
+    """[n] -> list of views, one a document, each beginning with BOS; without empty ones."""
     starts = np.flatnonzero(tokens == bos)
-    return [tokens[a:b] for a, b in itertools.pairwise([*starts, len(tokens)])]
+    return [tokens[a:b] for a, b in itertools.pairwise([*starts, len(tokens)]) if b - a > 1]
 
 def count_tokens(documents):
     return sum(len(document) for document in documents)
@@ -528,67 +535,108 @@ class Dataset:
     scored: dict                # split -> list: selection (if there is one), val, holdout
     bos: int
     meta: dict
-    hashes: dict                # file name -> SHA-256
-    bytes_per_token: dict       # split -> UTF-8 bytes of text a token, 0 if unknown
+    hashes: dict                # SHA-256 by name of a shard, and of the ranks
+    val_bytes: int | None       # of UTF-8 text in the scored tokens of val, if that is known
     notes: list
 
 def read_meta(folder):
-    """(meta.json, {"<split>_<index>": (SHA-256, bytes of text)}). UserError if malformed."""
+    """(meta.json, {"<split>_<index>" of its shards: SHA-256 or None}). UserError if malformed."""
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return meta, {key: (facts.get("sha256"), int(facts.get("text_bytes") or 0))
-                      for key, facts in meta.get("splits", {}).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return meta, {key: facts.get("sha256") for key, facts in meta.get("splits", {}).items()}
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
+def dataset_folder(config):
+    """Where the dataset lies: from the present folder, or else from this script's."""
+    here = Path(config.dataset)
+    return here.resolve() if here.is_dir() else ROOT / here
+
 def load_dataset(folder, config):
-    """Read a dataset, cut selection and budget, check that no val document is in train."""
+    """Read a dataset, cut selection and budget, see to it that no held-out document is in train.
+    UserError if it cannot be used so."""
     folder = Path(folder)
     meta, listed = read_meta(folder)
-    splits, hashes, bytes_per_token = {}, {}, {}
+    splits, hashes = {}, {}
     for split in ("train", "val", "holdout"):
-        documents, text_bytes = [], 0
-        for path in sorted(folder.glob(f"*_{split}_*.bin")):
-            if split == "train" and count_tokens(documents) >= config.train_tokens:
+        splits[split] = []
+        shards = {"_".join(path.stem.split("_")[-2:]): path
+                  for path in folder.glob(f"*_{split}_*.bin")}
+        for key in sorted({*shards, *(key for key in listed if key.startswith(f"{split}_"))}):
+            if split == "train" and count_tokens(splits[split]) >= config.train_tokens:
                 break
-            sha256, size = listed.get(f"{split}_{path.stem.rpartition('_')[2]}", (None, 0))
-            tokens, bos, hashes[path.name] = read_shard(path, config.vocab_size, sha256)
-            documents += split_documents(tokens, bos)
-            text_bytes += size
-        if not documents:
-            script = folder.name if folder.name in ("prose", "fineweb") else "YOUR_SCRIPT"
-            raise UserError(f"{folder}: no {split} shards; get them: python data/{script}.py")
-        splits[split] = documents
-        bytes_per_token[split] = text_bytes / count_tokens(documents)
+            if key not in shards:
+                raise UserError(f"{folder}: {key}, which meta.json lists, is missing; fetch or"
+                                " build the dataset again")
+            tokens, bos, sha256 = read_shard(shards[key], config.vocab_size, listed.get(key))
+            hashes[shards[key].name] = sha256
+            splits[split] += split_documents(tokens, bos)
+        if not splits[split]:
+            raise UserError(f"{folder}: no {split} shards; get them, or name another --dataset"
+                            " (FineWeb: python data/fineweb.py)")
     if count_tokens(splits["train"]) < config.train_tokens:
         raise UserError(f"{folder}: {count_tokens(splits['train']):,} tokens in train, below"
                         f" --train_tokens={config.train_tokens}; get more or lower it")
-    train, notes = drop_held_out(folder, splits["train"], splits["val"] + splits["holdout"])
+    train, notes = drop_held_out(folder, splits)
     train, selection = cut_selection(cut_documents(train, config.train_tokens), config)
     scored = {"selection": selection} if selection else {}
     for split in ("val", "holdout"):
-        scored[split] = cut_documents(splits[split], config.eval_tokens or math.inf)
-    return Dataset(folder, train, scored, bos, meta, hashes, bytes_per_token, notes)
+        scored[split] = cut_documents(splits[split], max(2, config.eval_tokens or math.inf))
+    if config.eval_tokens and meta.pop("baseline", None):
+        notes.append("data      a part of val is scored: no data efficiency, whose curve is of all")
+    ranks = {}
+    with contextlib.suppress(UserError):        # without them bits per byte are n/a
+        ranks, hashes["ranks"] = read_ranks(folder, meta)
+    val_bytes = count_bytes(scored["val"], ranks, bos)
+    return Dataset(folder, train, scored, bos, meta, hashes, val_bytes, notes)
 
-def drop_held_out(folder, train, held_out):
-    """(documents of train that are not held out, notes). UserError if more than a few are."""
-    held_out = {document.tobytes() for document in held_out}
-    kept = [document for document in train if document.tobytes() not in held_out]
-    lost = len(train) - len(kept)
-    if lost > 0.005 * len(held_out):        # fewer are normal in web text
-        raise UserError(f"{folder}: {lost} documents of train are also in val or holdout; the"
-                        " splits overlap, build the dataset again")
+def drop_held_out(folder, splits):
+    """(documents of train that are in no other split, notes). UserError if splits overlap."""
+    texts = {document.tobytes() for document in splits["train"]}
+    held_out = set()
+    for split in ("val", "holdout"):
+        shared = [document for document in splits[split] if document.tobytes() in texts]
+        share = count_tokens(shared) / count_tokens(splits[split])
+        if share > 0.25:            # short documents have natural duplicates
+            raise UserError(f"{folder}: {share:.0%} of {split} is in train, too; build the dataset"
+                            " again, with splits that do not overlap")
+        held_out |= {document.tobytes() for document in shared}
+    kept = [document for document in splits["train"] if document.tobytes() not in held_out]
+    lost = len(splits["train"]) - len(kept)
     note = f"data      {lost} documents of train left out: val or holdout has them"
     return kept, [note] if lost else []
 
 def cut_selection(documents, config):
     """(train, selection): the first documents until they have selection_tokens."""
     ends = np.cumsum([0] + [len(document) for document in documents])
-    first = int(np.searchsorted(ends, config.selection_tokens))
-    if first >= len(documents):
-        raise UserError("--selection_tokens takes all documents of train; lower it")
+    first = min(len(documents), int(np.searchsorted(ends, config.selection_tokens)))
+    if ends[first] > ends[-1] / 2:
+        one = "the first document alone is; only 0 works, with --final_mixture=uniform"
+        raise UserError(
+            f"--selection_tokens={config.selection_tokens}: whole documents make that"
+            f" {ends[first]:,} of the {ends[-1]:,} tokens of train, more than half;"
+            f" {one if ends[1] > ends[-1] / 2 else 'lower it'}")
     return documents[first:], documents[:first]
+
+def read_ranks(folder, meta):
+    """({token: bytes}, SHA-256) of the ranks file of a dataset; UserError if there is none."""
+    path = folder / meta.get("ranks", "ranks.tiktoken")
+    try:
+        content = path.read_bytes()
+        lines = [line.split() for line in content.splitlines()]
+        ranks = {int(rank): base64.b64decode(token) for token, rank in lines}
+        return ranks, hashlib.sha256(content).hexdigest()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no ranks to decode tokens with ({error.args[-1]})") from None
+
+def count_bytes(documents, ranks, bos):
+    """UTF-8 bytes of the text of `documents`; None if a token's are not in `ranks`."""
+    sizes = np.full(1 << 16, -1)
+    sizes[list(ranks)] = [len(text) for text in ranks.values()]
+    sizes[bos] = 0
+    counts = np.bincount(np.concatenate(documents), minlength=len(sizes))
+    return None if counts[sizes < 0].any() else int(counts @ sizes)
 
 class Rows:
     """The rows that a member trains on, as one endless sequence cut into steps.
@@ -949,14 +997,11 @@ def is_distilled(config, number):
 def planned_flops(config, tokens):
     """Training FLOPs of each member, a list, with `tokens` an epoch."""
     by_stage, teacher = step_flops(config)
-    totals = []
-    for number in range(1, config.num_models + 1):
-        batch_rows = config.rows_of(number)
-        steps = math.ceil(math.ceil((tokens - 1) / config.seq_len) * config.num_epochs / batch_rows)
-        a_token = sum(by_stage[stage_at(list(by_stage), step / steps)] for step in range(steps))
-        a_token += steps * teacher * is_distilled(config, number)
-        totals.append(a_token * batch_rows * config.seq_len)
-    return totals
+    starts = [*(stage.start for stage in by_stage), 1.0]
+    a_token = sum(flops * (end - start) for flops, (start, end) in
+                  zip(by_stage.values(), itertools.pairwise(starts)))
+    return [tokens * config.num_epochs * (a_token + teacher * is_distilled(config, number))
+            for number in range(1, config.num_models + 1)]
 
 # ==== Loss ==============================================================================
 class LossSpec(NamedTuple):
@@ -1242,16 +1287,6 @@ class MuonAdamW:
         for grad in gradients:
             grad *= (self.config.grad_clip / (length + 1e-6)).clamp(max=1)
 
-def fixed_bytes(config, world_size, dtype):
-    """{what: bytes} that a process holds all the time, whatever its micro-batches."""
-    with torch.device("meta"):
-        model = GPT(config)
-        groups = MuonAdamW(model.named_parameters(), config, Runtime(0, world_size)).groups
-    weights = 4 * num_parameters(model)
-    state = sum(4 * part.numel() for group in groups for part in group.state.values())
-    teacher = weights // 4 * dtype.itemsize if config.kd_alpha else 0
-    return {"weights": weights, "gradients": weights, "optimizer": state, "teacher": teacher}
-
 # ==== Schedules: pure functions of progress, the part of the steps that is done =========
 def base_multiplier(config, progress):
     """Flat, then ((1 - progress) / warmdown) ** power down to the floor."""
@@ -1285,8 +1320,8 @@ def perturbation(config, member):
 # ==== Ensemble ==========================================================================
 class OtherMember(NamedTuple):
     """A member that was not trained here: the n-gram, say, or another run."""
-    logp: dict                      # {split: log p(target) [n]}
-    buckets: dict | None = None     # {split: int [n]}: mixture weights differ by bucket
+    logp: dict              # {split: log p(target) [n]}
+    weigh: object = None    # (logps {split: [k, n]}, weights [k]) -> {split: weights [k, n]}
 
 def mean_loss(logp):
     """Nats per token of log p(target) [n], summed in fp64."""
@@ -1315,19 +1350,7 @@ def fit_mixture(logps, iterations=3000, tolerance=1e-5):
         weights = weights * gain
     return weights / weights.sum()
 
-def fit_by_bucket(logps, buckets, num_buckets, weights, prior, iterations=100):
-    """Mixture weights [k, num_buckets], fitted on log p(target) [k, n] and buckets [n], with a
-    Dirichlet prior: as if `weights` [k], those of all tokens, came from `prior` tokens more."""
-    table = np.repeat(weights[:, None], num_buckets, axis=1)
-    for bucket in np.unique(buckets):
-        p = np.exp(np.asarray(logps, np.float64)[:, buckets == bucket])
-        for _ in range(iterations):
-            w = table[:, bucket]
-            seen = w * (p / (w @ p)).sum(axis=1) + prior * weights
-            table[:, bucket] = seen / (p.shape[1] + prior)
-    return table
-
-def learned_mixture(members, config, other=None):
+def learned_mixture(members, other=None):
     """({"val": loss, "holdout": loss}, weights) of the mixture that is fitted on selection.
     members: a list of {split: log p(target)}; other: an OtherMember that joins them."""
     logps = {split: [member[split] for member in members] for split in members[0]}
@@ -1335,16 +1358,13 @@ def learned_mixture(members, config, other=None):
         logps = {split: [*parts, other.logp[split]] for split, parts in logps.items()}
     weights = fit_mixture(logps["selection"])
     by_token = dict.fromkeys(logps, weights)
-    if other is not None and other.buckets is not None:
-        num_buckets = 1 + max(int(buckets.max()) for buckets in other.buckets.values())
-        table = fit_by_bucket(logps["selection"], other.buckets["selection"], num_buckets,
-                              weights, config.ngram_prior)
-        by_token = {split: table[:, buckets] for split, buckets in other.buckets.items()}
+    if other is not None and other.weigh:       # by the context of each token
+        by_token = other.weigh(logps, weights)
     losses = {split: mean_loss(mixture_logp(logps[split], by_token[split]))
               for split in ("val", "holdout")}
     return losses, [round(float(w), 4) for w in weights]
 
-def ensemble_curve(members, config, others=None):
+def ensemble_curve(members, others=None):
     """One dict for each n: the losses of the mixtures of the first n members.
     members: [{split: log p(target)}]; others: {name: OtherMember}, each of which joins the
     learned mixture. Beyond 16 members weights are fitted for powers of two and all only."""
@@ -1358,7 +1378,7 @@ def ensemble_curve(members, config, others=None):
         if "selection" not in member or (16 < n < len(members) and n & (n - 1)):
             continue
         for name, other in {"learned": None, **(others or {})}.items():
-            losses, point[f"weights_{name}"] = learned_mixture(members[:n], config, other)
+            losses, point[f"weights_{name}"] = learned_mixture(members[:n], other)
             for split, loss in losses.items():
                 point[f"{split}_loss_{name}"] = loss
     return curve
@@ -1368,7 +1388,8 @@ def count_ngram(config, data):
     from data.ngram import NGram
     ngram = NGram(np.concatenate(data.train), config.vocab_size, data.bos, config.ngram_order)
     return OtherMember(*ngram.score({split: np.concatenate(documents)
-                                     for split, documents in data.scored.items()}))
+                                     for split, documents in data.scored.items()},
+                                    config.ngram_prior))
 
 # ==== Files: tensors, identity, states ==================================================
 # runs/<id>/run.json: settings and hashes of source and data, which tell what may go on there;
@@ -1423,7 +1444,8 @@ def read_tensors(path):
             raise ValueError("its SHA-256 is another")
         return tensors, json.loads(metadata["facts"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); delete it, and"
+                        " the run trains again what it held") from None
 
 def member_path(folder, member, kind=""):
     """Of a member's weights, or (kind=".logp") of its log p by split."""
@@ -1435,8 +1457,9 @@ def source_files(config):
     return {"train_gpt.py": Path(__file__), **ngram}
 
 def claim(config, hashes, is_main):
-    """(folder, whether it had a run, lines on what has changed, the lock to hold on to).
-    UserError, on all processes, if another one is at it or the run was begun otherwise."""
+    """(folder, whether it had a run, lines on what has changed now, lines on all that has, the
+    lock to hold on to). UserError, on all processes, if another one is at it or the run was begun
+    otherwise."""
     answer, lock = [None], None
     if is_main:
         name = config.run_id or time.strftime(f"{config.track}_%Y-%m-%d_%H-%M-%S_seed{config.seed}")
@@ -1445,7 +1468,7 @@ def claim(config, hashes, is_main):
         lock = open(folder / "lock", "w", encoding="utf-8")
         try:        # the system lets go of it when this process ends, however it ends
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            answer = [(folder, *identify(config, folder, hashes))]
+            answer = [(config.dtype, folder, *identify(config, folder, hashes))]
         except BlockingIOError:
             answer = [f"{folder}: this run is under way in another process; wait for it or"
                       " choose another --run_id"]
@@ -1455,93 +1478,87 @@ def claim(config, hashes, is_main):
         dist.broadcast_object_list(answer)
     if isinstance(answer[0], str):
         raise UserError(answer[0])
-    return *answer[0], lock
+    dtype, *facts = answer[0]
+    if dtype != config.dtype:
+        raise UserError(f"processes compute in {dtype} and in {config.dtype}; say which: --dtype")
+    return *facts, lock
+
+def begun_dtype(config):
+    """The dtype that `auto` was when the run was begun, wherever that was."""
+    path = ROOT / config.runs_dir / config.run_id / "run.json"
+    if config.dtype == "auto" and config.run_id and path.exists():
+        with contextlib.suppress(OSError, ValueError):      # claim says what is wrong with it
+            return json.loads(path.read_text(encoding="utf-8")).get("dtype", "auto")
+    return config.dtype
 
 def identify(config, folder, hashes):
-    """(whether there is a run, lines on what has changed). UserError if it cannot go on."""
+    """(whether there is a run, lines on what has changed now, lines on all that has since it was
+    begun). UserError if it cannot go on."""
     path = folder / "run.json"
     now = {name: as_text(value) for name, value in asdict(config).items() if name not in FREE}
     for name, file in source_files(config).items():
         now[name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    now |= {"format": str(FORMAT), **hashes}
+    now |= hashes
     had_run = path.exists()
-    before = json.loads(path.read_text(encoding="utf-8")) if had_run else now
-    if before.get("format") != now["format"]:
-        raise UserError(f"{folder}: of another version of this script; choose another --run_id")
+    before = json.loads(path.read_text(encoding="utf-8")) if had_run else dict(now)
+    history = before.pop("changes", [])
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     changes = [f"{name}={now.get(name, 'gone')} (was {before.get(name)})" for name in changed]
     # members do not depend on how many come after them, unless their plan does
     is_longer = changed == ["num_models"] and int(before["num_models"]) < config.num_models
     is_longer = is_longer and not config.continue_members and not config.edge_batch_rows
+    lines = [f"changed   {change}" for change in changes]
+    if (folder / "result.json").exists() and set(changed) <= set(source_files(config)):
+        return had_run, lines, history          # it is shown, whatever its source is by now
     if changes and not is_longer and not config.allow_changed:
         raise UserError(f"{folder}: its run was begun otherwise: {', '.join(changes)}; undo"
                         " that, choose another --run_id, or insist with --allow_changed=true")
     if changes:
         (folder / "result.json").unlink(missing_ok=True)
-    write_json(path, now)
-    return had_run, [f"changed   {change}" for change in changes]
+        done = len(list(folder.glob("members/*.logp.safetensors")))
+        history = [*history, *(f"{change}, with {done} member(s) done" for change in changes)]
+    write_json(path, now | {"changes": history})
+    return had_run, lines, history
 
-@contextlib.contextmanager
-def remembered_signals():
-    """Yields a list that SIGTERM and SIGINT are put into; 5 seconds later another acts at once."""
-    received, moments, before = [], [], {}
+def remember_signals():
+    """A list that SIGTERM and SIGINT are put into from here on; 5 seconds later one more acts."""
+    received, moments = [], []
 
     def remember(number, _):
         received.append(number)
         moments.append(time.monotonic())
         if moments[-1] - moments[0] > 5:        # before, it may be the first, passed on twice
-            signal.signal(number, before[number])
-            signal.raise_signal(number)
+            os._exit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, remember)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(number, remember)
+    return received
 
 class States:
-    """The state of a run: when it is due, written in the background, read again."""
+    """The state of a run: when it is due, written, read again."""
     def __init__(self, log, save_minutes, signals):
         self.log = log
         self.signals = signals
         self.save_seconds = 60 * save_minutes
         self.path = log.folder / "state.safetensors"
-        self.last = time.monotonic()
-        self.thread = None
+        self.last = time.monotonic()    # when a state was saved
 
-    def requests(self):
-        """[a state is due, the run is to stop], numbers to be summed over ranks."""
+    def requests(self, runtime):
+        """(whether a state is due, whether to stop), alike on all processes. Asked each step, of
+        the CPUs, so that no device is waited for."""
         is_due = 0 < self.save_seconds <= time.monotonic() - self.last
-        return [float(is_due and self.log.is_main), float(len(self.signals))]
+        said = torch.tensor([float(is_due and self.log.is_main), float(len(self.signals))])
+        return [number > 0 for number in runtime.all_reduce(said).tolist()]
 
     def save(self, tensors, facts):
-        """Write the state (on the main process) while training goes on."""
-        self.wait()
-        self.last = time.monotonic()
+        """Write the state (on the main process), while training waits."""
         if self.log.is_main:
-            self.thread = threading.Thread(None, self.write, "state", (tensors, facts))
-            self.thread.start()
-
-    def write(self, tensors, facts):
-        try:
-            write_tensors(self.path, tensors, facts)
-        except OSError as error:
-            with contextlib.suppress(OSError):      # a disk too full for the log, too
-                self.log.say(f"warning   state not saved, the one before stays: {error}")
-
-    def wait(self):
-        if self.thread is not None:
-            self.thread.join()
-
-    def load(self):
-        """(tensors, facts), or None if there are none or the file is damaged."""
-        try:
-            return read_tensors(self.path) if self.path.exists() else None
-        except UserError as error:
-            self.log.say(f"warning   {error}; its member is trained from the beginning")
-            return None
+            try:
+                write_tensors(self.path, tensors, facts)
+            except OSError as error:
+                with contextlib.suppress(OSError):      # a disk too full for the log, too
+                    self.log.say(f"warning   state not saved, the one before stays: {error}")
+        self.last = time.monotonic()
 
 def random_state(device):
     """uint8 [n]: states of torch's generators of this process."""
@@ -1635,7 +1652,9 @@ def announce(trainer, data, log, overrides, had_run, changes):
     scored = [f"{split} {count_tokens(part):,}" for split, part in data.scored.items()]
     flops = " then ".join(dict.fromkeys(f"{count:.4g}" for count in trainer.flops.values()))
     sizes = [num_parameters(module) / 1e6 for module in (trainer.model, trainer.model.blocks)]
-    distilled = f", kd_alpha {c.kd_alpha} from member {c.kd_from} on" if c.kd_alpha else ""
+    distilled = ""
+    if is_distilled(c, c.num_models):
+        distilled = f", kd_alpha {c.kd_alpha} from member {max(2, c.kd_from)} on"
     for line in (
             f"track     {c.track}: {c.num_models} model(s) x {c.num_epochs} epochs{distilled}",
             *textwrap.wrap(sets, 95, initial_indent="settings  ", subsequent_indent=" " * 10),
@@ -1649,8 +1668,23 @@ def announce(trainer, data, log, overrides, had_run, changes):
             f"machine   {hardware_name(runtime.device)}; torch {torch.__version__},"
             f" {runtime.dtype}, attention {runtime.attention},"
             f" compile {'on' if runtime.compile else 'off'}",
-            f"folder    {log.folder}", *data.notes, *runtime.notes, *changes, ""):
+            estimate(trainer, rows.tokens), f"folder    {log.folder}", *data.notes,
+            *runtime.notes, *changes, ""):
         log.say(line)
+
+def estimate(trainer, tokens):
+    """A line on the time that training will take, and the memory beside that of micro-batches."""
+    runtime = trainer.runtime
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    speed = CPU_FLOPS * os.cpu_count()
+    if runtime.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(runtime.device).total_memory
+        speed = ASSUMED_MFU * (peak_flops(runtime.device) or 1e14) * runtime.world_size
+    time_needed = minutes(sum(planned_flops(trainer.config, tokens)) / speed)
+    need = 16 * num_parameters(trainer.model)       # weights, gradients, two moments: roughly
+    return (f"estimate  train {time_needed} if it makes {speed / 1e12:.3g} TFLOP/s; weights and"
+            f" optimizer {need / 2 ** 30:.2g} of {memory / 2 ** 30:.0f} GiB"
+            f"{': TOO MUCH' if need > memory else ''}")
 
 def equivalent_tokens(loss, curve):
     """(D, sign): the tokens D at which a baseline curve [[D, loss], ...] reaches `loss`, linear
@@ -1678,11 +1712,11 @@ def summarize(config, data, members, curve, others):
     members: a dict each; curve: of ensemble_curve; others: {name: OtherMember} in it."""
     suffix = "" if config.final_mixture == "uniform" else "_" + config.final_mixture
     val_loss = curve[-1]["val_loss" + suffix]
-    bytes_per_token = data.bytes_per_token["val"]
+    bits = val_loss / math.log(2) * (count_tokens(data.scored["val"]) - 1)
     return {
-        "format": FORMAT, "track": config.track, "final_mixture": config.final_mixture,
+        "track": config.track, "final_mixture": config.final_mixture,
         "val_loss": val_loss, "holdout_loss": curve[-1]["holdout_loss" + suffix],
-        "val_bpb": val_loss / math.log(2) / bytes_per_token if bytes_per_token else None,
+        "val_bpb": bits / data.val_bytes if data.val_bytes else None,
         "data_efficiency": data_efficiency(val_loss, data.meta.get("baseline"),
                                            config.train_tokens),
         "members": members, "ensemble": curve,
@@ -1732,30 +1766,6 @@ def result_lines(result):
         f"time             {times}{over}",
         f"speed            {result['tokens_per_second']:,.0f} tokens/s, MFU"
         f" {percent(result['mfu'])}, peak memory {result['peak_memory_bytes'] / 2 ** 20:,.0f} MiB"]
-
-def read_ranks(folder, meta):
-    """{token: bytes} from the ranks file of a dataset; UserError if there is none."""
-    path = folder / meta.get("ranks", "ranks.tiktoken")
-    try:
-        lines = [line.split() for line in path.read_bytes().splitlines()]
-        return {int(rank): base64.b64decode(token) for token, rank in lines}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no ranks to decode tokens with ({error.args[-1]})") from None
-
-@torch.no_grad()
-def generate(model, tokens, count, temperature=SAMPLE_TEMPERATURE, seed=1):
-    """Continue the list `tokens`, BOS first, by `count` tokens or to the next BOS."""
-    generator = torch.Generator().manual_seed(seed)
-    bos, device = tokens[0], model.wte.weight.device
-    for _ in range(count):
-        context = torch.tensor([tokens[-model.config.seq_len:]], device=device)
-        logits = model.logits(model(context)[:, -1])[0].double().cpu()
-        p = torch.softmax(logits / temperature, dim=0)
-        token = int(torch.multinomial(p, 1, generator=generator))
-        if token == bos:
-            break
-        tokens = [*tokens, token]
-    return tokens
 
 # ==== Training ==========================================================================
 class Clocks:
@@ -1969,18 +1979,16 @@ def micro_batch_rows(config, world_size):
 
 class Member:
     """What one member's training holds beside weights, optimizer and random generators."""
-    counters = ("number", "step", "train_loss", "flops", "ends")    # that a state keeps
+    counters = ("number", "start", "step", "train_loss", "flops", "ends")   # that a state keeps
 
     def __init__(self, number, trainer, data):
         config = trainer.config
         self.number = number
         self.seed = 1000 * config.seed + number
         self.distill = is_distilled(config, number)
-        count = max(1, round(config.subset_fraction * len(data.train)))
-        subset = np.random.default_rng((self.seed, 1)).permutation(len(data.train))[:count]
-        self.rows = Rows([data.train[i] for i in sorted(subset)], config.seq_len,
-                         config.rows_of(number), config.num_epochs, self.seed, data.bos)
-        self.start = trainer.clocks.training()
+        self.rows = Rows(data.train, config.seq_len, config.rows_of(number), config.num_epochs,
+                         self.seed, data.bos)
+        self.start = trainer.clocks.training()      # seconds, since the run was begun
         self.step = 0               # steps that are done
         self.flops = 0.0            # of these
         self.recent = []            # {name: mean loss} of the steps since the last reading
@@ -2007,18 +2015,19 @@ def train_member(number, trainer, data, log, states=None, state=None):
         log.say(f"resumed   member {number} after step {member.step}")
     while member.step < rows.num_steps:
         epochs = math.floor(rows.epoch_of(member.step))
-        train_step(trainer, member, log)
+        train_step(trainer, member)
         is_last = member.step == rows.num_steps
         is_due = is_stopped = False
         if is_last or member.step % config.log_steps == 0:
-            is_due, is_stopped = read_losses(trainer, member, log, states)
+            read_losses(trainer, member, log)
+        if states:
+            is_due, is_stopped = states.requests(trainer.runtime)
         averaged_from = config.num_epochs - config.average_epochs
         if math.floor(rows.epoch_of(member.step)) > max(epochs, averaged_from):
             add_to_average(trainer, member, data)
         if states and (is_last or is_due or is_stopped):
             states.save(*collect_state(trainer, member))
         if is_stopped:
-            states.wait()
             trainer.runtime.all_reduce(torch.zeros(1))  # torchrun ends all when the first one ends
             raise Stopped(f"stopped   member {number} after step {member.step}; the same"
                           f" command goes on, with --run_id={log.folder.name}",
@@ -2028,11 +2037,12 @@ def train_member(number, trainer, data, log, states=None, state=None):
     scores = final_scores(trainer, member, data)
     return facts | {f"{split}_loss": mean_loss(logp) for split, logp in scores.items()}, scores
 
-def train_step(trainer, member, log):
+def train_step(trainer, member):
     """One step of the optimizer."""
     config, rows = trainer.config, member.rows
     progress = member.step / rows.num_steps
-    member.recent.append(gradients_that_fit(trainer, member, log, progress))
+    inputs, targets = rows.step(member.step)
+    member.recent.append(trainer.gradients(inputs, targets, progress, member.distill))
     trainer.optimizer.step(lr_multiplier(config, progress),
                            piecewise_linear(config.wd_schedule, progress),
                            momentum_at(config, member.step))
@@ -2040,20 +2050,6 @@ def train_step(trainer, member, log):
     flops += member.distill * trainer.teacher_flops
     member.flops += flops * rows.batch_rows * rows.seq_len
     member.step += 1
-
-def gradients_that_fit(trainer, member, log, progress):
-    """Trainer.gradients, in micro-batches that are halved for good when memory runs out."""
-    inputs, targets = member.rows.step(member.step)
-    while True:
-        try:
-            return trainer.gradients(inputs, targets, progress, member.distill)
-        except torch.OutOfMemoryError:
-            if trainer.micro_rows == 1:
-                raise
-        trainer.micro_rows //= 2    # once more, when the error has let go of its tensors
-        log.say(f"memory    ran out in member {member.number}, step {member.step + 1}: from"
-                f" here on micro-batches of {trainer.micro_rows} row(s)")
-        trainer.model.zero_grad()
 
 def member_facts(trainer, member):
     """Seconds of training, tokens/s and MFU (None: unknown peak) of all devices."""
@@ -2064,16 +2060,13 @@ def member_facts(trainer, member):
     return {"train_loss": member.train_loss, "train_seconds": round(seconds, 3),
             "tokens_per_second": round(tokens / seconds, 1), "mfu": mfu and round(mfu, 4)}
 
-def read_losses(trainer, member, log, states):
-    """Read the losses of the last steps (which waits for the device); log them, and progress.
-    Returns whether a state is due and whether to stop, alike on all processes."""
+def read_losses(trainer, member, log):
+    """Read the losses of the last steps (which waits for the device); log them, and progress."""
     config, runtime, rows = trainer.config, trainer.runtime, member.rows
     names = list(member.recent[0])
     means = torch.stack([torch.stack([sums[name] for name in names])
                          for sums in member.recent]).mean(dim=0)
-    requests = torch.tensor(states.requests() if states else [0.0, 0.0], device=runtime.device)
-    *means, is_due, is_stopped = runtime.all_reduce(torch.cat((means, requests))).tolist()
-    losses = dict(zip(names, means))
+    losses = dict(zip(names, runtime.all_reduce(means).tolist()))
     member.recent = []
     member.train_loss = losses["train_loss"]
     member.check_finite("the loss", member.train_loss)
@@ -2092,7 +2085,6 @@ def read_losses(trainer, member, log, states):
         f" epoch {epoch:.1f}/{config.num_epochs}  loss {member.train_loss:.3f}{kl} "
         f" {facts['tokens_per_second']:,.0f} tok/s  MFU {percent(facts['mfu'])}  left"
         f" {minutes(left)}, run {minutes(left + later)}", always=member.step == rows.num_steps)
-    return is_due, is_stopped
 
 def add_to_average(trainer, member, data):
     """At the end of one of the last epochs: add weights, or probabilities of the targets."""
@@ -2132,10 +2124,9 @@ def collect_state(trainer, member):
     if runtime.is_main:
         tensors = {name: tensor.to("cpu", copy=True).contiguous()
                    for name, tensor in tensors.items()}
-    facts = {"format": FORMAT, **{name: getattr(member, name) for name in member.counters},
+    facts = {**{name: getattr(member, name) for name in member.counters},
              "world_size": runtime.world_size, "optimizer_steps": optimizer.steps,
-             "clocks": trainer.clocks.seconds(),
-             "seconds": trainer.clocks.training() - member.start}
+             "clocks": trainer.clocks.seconds()}
     return tensors, facts
 
 def restore_state(state, trainer, member):
@@ -2148,7 +2139,6 @@ def restore_state(state, trainer, member):
         setattr(member, name, facts[name])
     member.average = named("average.", tensors)
     trainer.clocks = Clocks(**facts["clocks"])
-    member.start = trainer.clocks.training() - facts["seconds"]
     if facts["world_size"] == runtime.world_size:
         set_random_state(tensors["random"][runtime.rank], device)
     else:
@@ -2171,15 +2161,17 @@ def named(prefix, tensors):
 def train_members(trainer, data, log, states):
     """Train the members that are not finished; returns their facts and (main) their scores."""
     config = trainer.config
-    state = states.load()
-    finished, weights = find_finished(config, log)
+    state = read_tensors(states.path) if states.path.exists() else None
     members, scores, total = [], [], -np.inf
     for number in range(1, config.num_models + 1):
-        if number in finished:
-            facts, logp = finished[number]
+        was_done = is_finished(log.folder, number)
+        if was_done:
+            logp, facts = read_tensors(member_path(log.folder, number, ".logp"))
+            logp = {split: values.numpy() for split, values in logp.items()}
             trainer.clocks = Clocks(**facts["clocks"])
-            if number in weights:
-                trainer.model.load_state_dict(weights.pop(number))
+            if not is_finished(log.folder, number + 1):     # which needs this one
+                weights, _ = read_tensors(member_path(log.folder, number))
+                trainer.model.load_state_dict(weights)
         else:
             facts, logp = train_member(number, trainer, data, log, states, state)
             facts["clocks"] = trainer.clocks.seconds()
@@ -2188,11 +2180,10 @@ def train_members(trainer, data, log, states):
             scores.append(logp)
             total = np.logaddexp(total, logp["val"].astype(np.float64))
             mixed = mean_loss(total) + math.log(number)
-            if number not in finished:
+            if not was_done:
                 log.metrics(member=number, val_loss=facts["val_loss"], ensemble_val_loss=mixed)
-                states.wait()       # the next member may need its last state and its files
                 save_member(number, trainer, log.folder, facts, logp)
-            done = "was done" if number in finished else "done"
+            done = "was done" if was_done else "done"
             log.say(f"member {number}/{config.num_models} {done} in"
                     f" {minutes(facts['train_seconds'])}: val loss {facts['val_loss']:.4f},"
                     f" ensemble of {number}: {mixed:.4f}")
@@ -2206,72 +2197,45 @@ def save_member(number, trainer, folder, facts, logp):
     write_tensors(member_path(folder, number, ".logp"),
                   {split: torch.from_numpy(p) for split, p in logp.items()}, facts)
 
-def find_finished(config, log):
-    """{number: (facts, {split: log p})} of whole members, {number: weights that the next needs}."""
-    finished, weights = {}, {}
-    for number in range(config.num_models, 0, -1):
-        paths = [member_path(log.folder, number, kind) for kind in ("", ".logp")]
-        if all(path.exists() for path in paths):
-            try:
-                logp, facts = read_tensors(paths[1])
-                if number + 1 not in finished:
-                    weights[number], _ = read_tensors(paths[0])
-            except UserError as error:
-                log.say(f"warning   {error}; the member is trained again")
-                continue
-            logp = {split: values.numpy() for split, values in logp.items() if log.is_main}
-            finished[number] = (facts, logp)
-    return finished, weights
+def is_finished(folder, number):
+    return all(member_path(folder, number, kind).exists() for kind in ("", ".logp"))
 
 def run(config, overrides):
     """Train the members, write the run's folder; returns the result on the main process."""
+    config = replace(config, dtype=begun_dtype(config))
     runtime = start_runtime(config)
     micro_batch_rows(config, runtime.world_size)
-    data = load_dataset(ROOT / config.dataset, config)
-    folder, had_run, changes, lock = claim(config, data.hashes, runtime.is_main)
+    config = replace(config, dtype=str(runtime.dtype).removeprefix("torch."))
+    data = load_dataset(dataset_folder(config), config)
+    folder, had_run, changes, history, lock = claim(config, data.hashes, runtime.is_main)
     log = Log(folder, runtime.is_main, config.log_seconds)
     path = folder / "result.json"
     result, others = None, {}
     if path.exists():
         result = json.loads(path.read_text(encoding="utf-8"))
         if runtime.is_main:
-            print("\n".join([f"{folder}: this run is finished", "", *result_lines(result)]))
+            print("\n".join([f"{folder}: this run is finished", *changes, "",
+                             *result_lines(result)]))
         return result
     trainer = Trainer(config, runtime)
     if config.ngram_order and runtime.is_main:
         others["ngram"] = count_ngram(config, data)
     announce(trainer, data, log, overrides, had_run, changes)
-    with remembered_signals() as signals:
-        states = States(log, config.save_minutes, signals)
-        members, scores = train_members(trainer, data, log, states)
+    states = States(log, config.save_minutes, remember_signals())
+    members, scores = train_members(trainer, data, log, states)
     memory = torch.tensor([peak_memory(runtime.device)], device=runtime.device)
     memory = int(runtime.all_gather(memory).max())
     if runtime.is_main:
-        curve = ensemble_curve(scores, config, others)
+        curve = ensemble_curve(scores, others)
         result = {**summarize(config, data, members, curve, others), "overrides": overrides,
-                  **run_costs(trainer, members, memory), **run_facts(trainer)}
-        for line in ("", *result_lines(result), f"folder           {folder}",
-                     *closing_sample(trainer, data, folder, members)):
-            log.say(line)
+                  "changes": history, **run_costs(trainer, members, memory),
+                  **run_facts(trainer)}
         log.say("RESULT " + json.dumps(result), console=False)
         write_json(path, result)            # with it the run is finished
         states.path.unlink(missing_ok=True)
+        for line in ("", *result_lines(result), f"folder           {folder}"):
+            log.say(line)
     return result
-
-def closing_sample(trainer, data, folder, members, count=120):
-    """Text of the member that is best on selection (on train if there is none), as lines."""
-    key = "selection_loss" if "selection" in data.scored else "train_loss"
-    best = min(range(len(members)), key=lambda i: members[i][key]) + 1
-    try:
-        ranks = read_ranks(data.folder, data.meta)
-    except UserError as error:
-        return ["", f"no sample: {error}"]
-    trainer.model.load_state_dict(read_tensors(member_path(folder, best))[0])
-    trainer.model.eval().attention = "sdpa"     # which takes rows of any length
-    tokens = generate(trainer.model, [data.bos], count)
-    text = b"".join(ranks.get(token, b"") for token in tokens[1:]).decode("utf-8", "ignore")
-    return ["", f"member {best} writes (temperature {SAMPLE_TEMPERATURE}):", "",
-            *textwrap.wrap(text, 95, initial_indent="  ", subsequent_indent="  ")]
 
 def report_error(error):
     """Say an error to a person; returns the exit code (2, or 128 + a signal that stopped the run),
@@ -2281,7 +2245,8 @@ def report_error(error):
     if isinstance(error, (Stopped, KeyboardInterrupt)):
         message, code = error.args or ("stopped at once; what was saved last goes on", 130)
     elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate mem" in message:
-        message = "error: out of memory; lower --device_batch_size, then --loss_chunk"
+        message = ("error: out of memory; lower --device_batch_size, then --loss_chunk, and the run"
+                   " goes on from its last state")
     elif "loading state_dict" in message:       # after --allow_changed
         message = "error: the run's files are of another model; choose another --run_id"
     elif isinstance(error, RuntimeError) and "WORLD_SIZE" in os.environ and re.search(
@@ -2315,8 +2280,8 @@ def main(argv=None):
         else:                   # what run.sh asks before it launches
             print(f"track {config.track}, processes {processes}")
             micro_batch_rows(config, processes)
-            load_dataset(ROOT / config.dataset, config)
-            print("settings and data are sound")
+            data = load_dataset(dataset_folder(config), config)
+            print("\n".join([*data.notes, "settings and data are sound"]))
         return 0
     except (Exception, KeyboardInterrupt) as error:
         code = report_error(error)

@@ -7,6 +7,7 @@ import numpy as np
 
 SHIFT = np.uint64(16)       # bits of a token in a packed n-gram
 BLOCK = 1 << 20             # targets that are scored at once
+BUCKETS = 16                # of contexts, by NGram.support
 
 
 class NGram:
@@ -79,10 +80,19 @@ class NGram:
             known[which] = 4 * (k - 1) + size[seen]
         return known
 
-    def score(self, splits):
-        """{split: log p(target)} and {split: support} of {split: tokens}."""
-        return ({split: self.logprobs(tokens) for split, tokens in splits.items()},
-                {split: self.support(tokens) for split, tokens in splits.items()})
+    def score(self, splits, prior):
+        """({split: log p(target)}, a function that weighs the members of a mixture by context).
+
+        splits: {split: tokens}; prior: as weights_by_bucket's. The function takes {split: log p of
+        the targets [k, n]} and the weights [k] of all tokens, and returns {split: weights [k, n]}.
+        """
+        buckets = {split: self.support(tokens) for split, tokens in splits.items()}
+
+        def weigh(logps, weights):
+            table = weights_by_bucket(logps["selection"], buckets["selection"], weights, prior)
+            return {split: table[:, bucket] for split, bucket in buckets.items()}
+
+        return {split: self.logprobs(tokens) for split, tokens in splits.items()}, weigh
 
 
 def interpolate(lower, wanted, keys, counts, discount, contexts, total, left):
@@ -92,6 +102,21 @@ def interpolate(lower, wanted, keys, counts, discount, contexts, total, left):
     count = np.where(known, counts[gram], 0)
     p = (count - discount[np.minimum(count, 3)]) / total[context] + left[context] * lower
     return np.where(seen, p, lower)
+
+
+def weights_by_bucket(logps, buckets, weights, prior, iterations=100):
+    """Mixture weights [k, BUCKETS], fitted on log p(target) [k, n] and buckets [n].
+
+    With a Dirichlet prior: as if `weights` [k], those of all tokens, came from `prior` tokens more.
+    """
+    table = np.repeat(weights[:, None], BUCKETS, axis=1)
+    for bucket in np.unique(buckets):
+        p = np.exp(np.asarray(logps, np.float64)[:, buckets == bucket])
+        for _ in range(iterations):
+            w = table[:, bucket]
+            seen = w * (p / (w @ p)).sum(axis=1) + prior * weights
+            table[:, bucket] = seen / (p.shape[1] + prior)
+    return table
 
 
 def modified_discounts(counts):

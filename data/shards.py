@@ -54,11 +54,22 @@ def write_whole(path, write):
 
 
 def write_shard(path, tokens, vocab_size, bos_id):
-    """Write uint16 `tokens` [n] atomically; return {tokens, documents, sha256} for meta.json."""
+    """Write `tokens` [n], whole numbers, atomically; return {tokens, documents, sha256} of them.
+
+    ValueError, before anything is written, if a shard cannot hold them as they are.
+    """
     path = Path(path)
+    tokens = np.asarray(tokens)
+    if not 0 < vocab_size <= 1 << 16 or not 0 <= bos_id < vocab_size:
+        raise ValueError(f"{path}: a vocabulary of {vocab_size} with BOS {bos_id}; at most 65,536"
+                         " tokens, BOS among them, fit into 16 bits")
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise ValueError(f"{path}: tokens are {tokens.dtype} {list(tokens.shape)}; must be whole"
+                         " numbers in one dimension")
+    if len(tokens) < 2 or tokens[0] != bos_id or tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ValueError(f"{path}: tokens must be two or more, begin with BOS {bos_id} and be from"
+                         f" 0 to {vocab_size - 1}")
     tokens = np.ascontiguousarray(tokens, dtype="<u2")
-    if len(tokens) == 0 or tokens[0] != bos_id or int(tokens.max()) >= vocab_size:
-        raise ValueError(f"{path}: tokens must begin with BOS {bos_id} and be below {vocab_size}")
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:5] = MAGIC, VERSION, len(tokens), vocab_size, bos_id
     content = header.tobytes() + tokens.tobytes()

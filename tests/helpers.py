@@ -45,9 +45,18 @@ def clean_environment(**variables):
     return environment | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"} | variables
 
 
+def last_of_each(arguments):
+    """`arguments` as texts, without each --field=value that a later one replaces."""
+    texts = [str(argument) for argument in arguments]
+    names = [text.partition("=")[0] if text.startswith("--") and "=" in text else None
+             for text in texts]
+    return [text for i, text in enumerate(texts)
+            if names[i] is None or names[i] not in names[i + 1:]]
+
+
 def python(*arguments, timeout=120, env=None, **options):
     """A finished python process: returncode, stdout and stderr."""
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True,
+    return subprocess.run([sys.executable, *last_of_each(arguments)], capture_output=True,
                           encoding="utf-8", timeout=timeout, env=env or clean_environment(),
                           **options)
 
@@ -62,7 +71,7 @@ def main(*arguments):
     """(exit code, stdout, stderr) of train_gpt.main in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = train_gpt.main([str(argument) for argument in arguments])
+        code = train_gpt.main(last_of_each(arguments))
     return code, out.getvalue(), err.getvalue()
 
 

@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT))           # a tool is started as a script: only it
 import torch  # noqa: E402
 
 from train_gpt import (  # noqa: E402
-    FIELDS, FORMAT, GPT, Config, UserError, make_config, member_path, parse, parse_arguments,
+    FIELDS, GPT, Config, UserError, make_config, member_path, parse, parse_arguments,
     plan_launch, read_tensors, report_error)
 
 
@@ -45,7 +45,7 @@ def config_from_arguments(doc):
 def read_result(folder):
     """(result.json of a finished run, its Config). UserError if there is none.
 
-    A result of an earlier format is read as far as its fields are still there; those that are gone
+    A result of an earlier version is read as far as its fields are still there; those that are gone
     are named on stderr.
     """
     path = Path(folder) / "result.json"
@@ -63,8 +63,8 @@ def read_result(folder):
         except (KeyError, TypeError, UserError):
             gone.append(name)
     if gone:
-        print(f"{path}: of format {result.get('format', 1)}, not {FORMAT}; without the fields"
-              f" {', '.join(gone)}, which are gone", file=sys.stderr)
+        print(f"{path}: of another version; without the fields {', '.join(gone)}, which are gone",
+              file=sys.stderr)
     return result, Config(**values)
 
 

@@ -91,7 +91,6 @@ TECHNIQUES = {
         "meta_lr=0", "meta_lr=0.5 meta_rows=4 meta_decay=true device_batch_size=4",
         "-0.012 (#98)"),
     "weights of 3 epochs": ("average=last", "average=weights average_epochs=3", ""),
-    "data subset of 80 %": ("subset_fraction=1", "subset_fraction=0.8", ""),
     "layers 1-2 run 4 times": (
         "loop_count=1", "loop_start=1 loop_end=2 loop_count=4 loop_from_epoch=4", ""),
     "NorMuon, both lambdas, softcap and normal projections": (

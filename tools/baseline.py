@@ -18,8 +18,9 @@ from dataclasses import asdict, replace
 from itertools import product
 
 from _runs import ROOT, config_from_arguments, run_tool
-from train_gpt import (FIELDS, HEADER_INTS, Log, Trainer, UserError, check_ranges, hardware_name,
-                       load_dataset, mean_loss, minutes, start_runtime, train_member, write_json)
+from train_gpt import (FIELDS, HEADER_INTS, Log, Trainer, UserError, check_ranges,
+                       dataset_folder, hardware_name, load_dataset, mean_loss, minutes,
+                       start_runtime, train_member, write_json)
 
 MULTIPLES = (1, 2, 4, 8, 12, 16)
 TUNED_UP_TO = 4                         # the largest multiple for (b), which costs epochs times D
@@ -40,7 +41,7 @@ adam_beta2 adam_eps x0_beta1 xsa_beta1 gate_beta1 gate_beta2 momentum momentum_s
 muon_eq normuon_beta2 cautious weight_decay lr_warmdown lr_power lr_floor grad_clip
 loss_chunk""".split()
 # off, where that is not 0, False, () or the first of the choices
-NEUTRAL = {"subset_fraction": 1.0, "wd_schedule": ((0, 1),), "mlp_dropout": True}
+NEUTRAL = {"wd_schedule": ((0, 1),), "mlp_dropout": True}
 
 
 def plain(config):
@@ -66,7 +67,7 @@ def measure_baseline(config, overrides):
     runtime = start_runtime(config)
     folder = ROOT / config.runs_dir / f"baseline_{config.track}"
     folder.mkdir(parents=True, exist_ok=True)
-    dataset = ROOT / config.dataset
+    dataset = dataset_folder(config)
     log = Log(folder, runtime.is_main, config.log_seconds)
     runs = Runs(config, runtime, log)
     available = sum((path.stat().st_size - 4 * HEADER_INTS) // 2
@@ -147,7 +148,7 @@ class Runs:
             return self.done[key]
         config = replace(self.config, train_tokens=tokens, num_epochs=epochs, weight_decay=wd,
                          **dict(zip(TRIED, values)))
-        data = load_dataset(ROOT / config.dataset, config)
+        data = load_dataset(dataset_folder(config), config)
         del data.scored["holdout"]              # not looked at here
         if values not in self.trainers:
             self.trainers[values] = Trainer(config, self.runtime)

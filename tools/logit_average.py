@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from _runs import ROOT, load_logp, load_member, read_result, run_tool
-from train_gpt import load_dataset, mean_loss, mixture_logp, start_runtime
+from _runs import load_logp, load_member, read_result, run_tool
+from train_gpt import (dataset_folder, load_dataset, mean_loss, mixture_logp,
+                       start_runtime)
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def main():
     run = parser.parse_args().run
     result, config = read_result(run)
     runtime = start_runtime(config)
-    data = load_dataset(ROOT / config.dataset, config)
+    data = load_dataset(dataset_folder(config), config)
     numbers = range(1, 1 + len(result["members"]))
     models = [load_member(run, number, config, runtime) for number in numbers]
     tokens = torch.from_numpy(np.concatenate(data.scored["val"]).astype(np.int64))

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from _runs import ROOT, load_logp, read_result, run_tool
-from train_gpt import (UserError, count_ngram, ensemble_curve, fit_mixture, load_dataset,
-                       result_lines, summarize, write_json)
+from train_gpt import (UserError, count_ngram, dataset_folder, ensemble_curve, fit_mixture,
+                       load_dataset, result_lines, summarize, write_json)
 
 # fields of which the tokens that are trained on and scored depend
 DATA_FIELDS = ("dataset", "vocab_size", "train_tokens", "selection_tokens", "eval_tokens")
@@ -80,7 +80,7 @@ def mix(folders, keep=0, final_mixture="learned", ngram_order=0):
     results, configs = zip(*(read_result(folder) for folder in folders))
     check_same_data(folders, results, configs)
     config = replace(configs[0], final_mixture=final_mixture, ngram_order=ngram_order)
-    data = load_dataset(ROOT / config.dataset, config)
+    data = load_dataset(dataset_folder(config), config)
     if data.hashes != results[0]["data_sha256"]:
         raise UserError(f"{data.folder}: other shards than these runs were trained on")
     members, facts = read_members(folders, results)
@@ -91,7 +91,7 @@ def mix(folders, keep=0, final_mixture="learned", ngram_order=0):
     members = [members[i] for i in kept]
     facts = [facts[i] for i in kept]
     others = {"ngram": count_ngram(config, data)} if ngram_order else {}
-    curve = ensemble_curve(members, config, others)
+    curve = ensemble_curve(members, others)
     return {**summarize(config, data, facts, curve, others), **costs(results),
             "runs": [str(folder) for folder in folders], "keep": keep,
             "hardware": ", ".join(sorted({result["hardware"] for result in results})),

@@ -6,12 +6,16 @@
 Needs the run's folder and the meta.json and ranks file of its dataset; a prompt also needs tiktoken.
 """
 import argparse
+import sys
 import textwrap
 from pathlib import Path
 
-from _runs import ROOT, load_member, read_result, run_tool
-from train_gpt import (SAMPLE_TEMPERATURE, UserError, generate, read_meta, read_ranks,
-                       start_runtime)
+import torch
+
+from _runs import load_member, read_result, run_tool
+from train_gpt import UserError, dataset_folder, read_meta, read_ranks, start_runtime
+
+TEMPERATURE = 0.8
 
 
 def encode(prompt, meta, ranks):
@@ -27,6 +31,23 @@ def encode(prompt, meta, ranks):
     return encoding.encode_ordinary(prompt)
 
 
+@torch.no_grad()
+def generate(model, tokens, count, temperature=TEMPERATURE, seed=1):
+    """Continue the list `tokens`, BOS first, by `count` tokens or to the next BOS."""
+    generator = torch.Generator().manual_seed(seed)
+    bos = tokens[0]
+    device = model.wte.weight.device
+    for _ in range(count):
+        context = torch.tensor([tokens[-model.config.seq_len:]], device=device)
+        logits = model.logits(model(context)[:, -1])[0].double().cpu()
+        p = torch.softmax(logits / temperature, dim=0)
+        token = int(torch.multinomial(p, 1, generator=generator))
+        if token == bos:
+            break
+        tokens = [*tokens, token]
+    return tokens
+
+
 def best_member(members):
     """Number (from 1) of the member that is best on selection; on train if there is none."""
     key = "selection_loss" if "selection_loss" in members[0] else "train_loss"
@@ -39,7 +60,7 @@ def main():
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--prompt", default="", help="what the text goes on from")
     parser.add_argument("--count", type=int, default=120, help="tokens [%(default)s]")
-    parser.add_argument("--temperature", type=float, default=SAMPLE_TEMPERATURE,
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE,
                         help="[%(default)s]")
     parser.add_argument("--seed", type=int, default=1, help="[%(default)s]")
     parser.add_argument("--member", type=int, help="number; else the best on selection")
@@ -49,9 +70,11 @@ def main():
         raise UserError("--temperature and --count must be above 0")
     if args.member is not None and not 1 <= args.member <= len(result["members"]):
         raise UserError(f"--member={args.member}: the run has {len(result['members'])} member(s)")
-    dataset = ROOT / config.dataset
+    dataset = dataset_folder(config)
     meta, _ = read_meta(dataset)
-    ranks = read_ranks(dataset, meta)
+    ranks, sha256 = read_ranks(dataset, meta)
+    if result["data_sha256"].get("ranks", sha256) != sha256:
+        raise UserError(f"{dataset}: its ranks are not those that {args.run} was trained with")
     member = args.member or best_member(result["members"])
     model = load_member(args.run, member, config, start_runtime(config))
     tokens = [meta["bos_id"]]
@@ -59,6 +82,7 @@ def main():
         tokens += encode(args.prompt, meta, ranks)
     tokens = generate(model, tokens, args.count, args.temperature, args.seed)
     text = b"".join(ranks.get(token, b"") for token in tokens[1:]).decode("utf-8", "ignore")
+    sys.stdout.reconfigure(errors="replace")        # a terminal need not know all characters
     print(f"member {member} writes (temperature {args.temperature:g}):\n")
     for paragraph in text.splitlines():
         print(textwrap.fill(paragraph, 96, initial_indent="  ", subsequent_indent="  "))
