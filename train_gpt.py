@@ -439,7 +439,7 @@ def start_runtime(config):
     runtime = Runtime(rank, world_size, device, dtype)
     missing = why_no_compile(device) if config.compile else ""
     if missing:
-        runtime.notes.append(f"compile   off: {missing}; slower")
+        runtime.notes.append(f"compile   off (needs g++ and python3-dev): {missing}")
     runtime.compile = config.compile and not missing
     torch._dynamo.config.recompile_limit = 64       # stages, and a teacher; beyond it is eager
     if kind == "cuda":
@@ -464,8 +464,8 @@ def why_no_compile(device):
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
         return ""
     except Exception as error:      # no compiler, no Python.h, a broken installation
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return (lines[1] if lines[1:] else str(error))[:200] + " (on Debian: g++ python3-dev)"
+        error = getattr(error, "inner_exception", error)
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 def choose_attention(runtime, compiles_model):
     """FlashAttention 3 if it imports and a call succeeds, else what PyTorch ships."""
@@ -611,12 +611,12 @@ def cut_selection(documents, config):
     """(train, selection): the first documents until they have selection_tokens."""
     ends = np.cumsum([0] + [len(document) for document in documents])
     first = min(len(documents), int(np.searchsorted(ends, config.selection_tokens)))
-    if ends[first] > ends[-1] / 2:
+    if ends[first] > ends[-1] / 2 or not documents:
         one = "the first document alone is; only 0 works, with --final_mixture=uniform"
         raise UserError(
             f"--selection_tokens={config.selection_tokens}: whole documents make that"
             f" {ends[first]:,} of the {ends[-1]:,} tokens of train, more than half;"
-            f" {one if ends[1] > ends[-1] / 2 else 'lower it'}")
+            f" {one if ends[:2][-1] > ends[-1] / 2 else 'lower it'}")
     return documents[first:], documents[:first]
 
 def read_ranks(folder, meta):
