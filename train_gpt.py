@@ -573,8 +573,8 @@ def load_dataset(folder, config):
             hashes[shards[key].name] = sha256
             splits[split] += split_documents(tokens, bos)
         if not splits[split]:
-            raise UserError(f"{folder}: no {split} shards; get them, or name another --dataset"
-                            " (FineWeb: python data/fineweb.py)")
+            script = folder.name if folder.name in ("prose", "fineweb") else "YOUR_SCRIPT"
+            raise UserError(f"{folder}: no {split} shards; get them: python data/{script}.py")
     if count_tokens(splits["train"]) < config.train_tokens:
         raise UserError(f"{folder}: {count_tokens(splits['train']):,} tokens in train, below"
                         f" --train_tokens={config.train_tokens}; get more or lower it")

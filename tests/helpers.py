@@ -7,12 +7,14 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -30,6 +32,8 @@ TINY = [*TOY, "--dtype=float32", "--num_layers=2", "--batch_rows=4", "--num_epoc
         "--train_tokens=5000", "--eval_tokens=500", "--log_steps=1"]
 CPU = torch.device("cpu")
 VOCAB, BOS = 100, 99            # of the small models and datasets below
+needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")),
+                                    reason="nothing to compile with")
 # a rate, moments and so on for everybody, so that a mistaken one shows
 RATES = dict(
     matrix_lr=0.05, embed_lr=0.11, head_lr=0.07, x0_lr=0.13, scalar_lr=0.17, gate_lr=0.19,
@@ -65,6 +69,13 @@ def torchrun(processes, *arguments, **options):
     """The same by torchrun, on several processes of this machine."""
     return python("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                   *arguments, **options)
+
+
+def have_gpus(monkeypatch, count, memory=80e9):
+    """As if `count` GPUs of `memory` bytes were here, for those who ask only that."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(total_memory=memory))
 
 
 def main(*arguments):

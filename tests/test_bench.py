@@ -13,8 +13,8 @@ import torch
 import bench
 from _public_step import PublicTrainer, ReplicatedOptimizer, naive_loss
 from _runs import run_tool
-from helpers import (ROOT, VOCAB, batch, gradients_of, randn, randomize, rng, small_config,
-                     torchrun)
+from helpers import (ROOT, VOCAB, batch, gradients_of, last_of_each, randn, randomize, rng,
+                     small_config, torchrun)
 from train_gpt import (LossSpec, MuonAdamW, Trainer, chunked_loss, loss_chunk, make_config,
                        parse_arguments, start_runtime)
 
@@ -29,7 +29,7 @@ PIECES = {"data", "forward", "loss", "backward", "optimizer"}
 
 def tool(monkeypatch, *arguments):
     """Exit code of `python tools/bench.py` with `arguments`, in this process."""
-    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["bench.py", *last_of_each(arguments)])
     with pytest.raises(SystemExit) as end:
         run_tool(bench.main)
     return end.value.code or 0

@@ -3,13 +3,13 @@ import pytest
 import torch
 
 import train_gpt
-from helpers import losses, train
+from helpers import losses, needs_compiler, train
 
 # members with a teacher and without, two stages, a last batch that is not full
 SETTINGS = ["--track=cpu", "--num_models=3", "--window_schedule=0:0.25:0.5,0.5:0.5:1",
             "--dropout=0", "--ngram_order=0", "--final_mixture=learned"]
 
-pytestmark = pytest.mark.skipif(train_gpt.missing_for_compile("cpu") != "", reason="no compiler")
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,13 @@
 
     python -m pytest tests/test_data.py
 """
+import base64
 import hashlib
 import json
 import math
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ import torch
 
 import shards
 from helpers import BOS, ROOT, TOY, VOCAB, main, make_dataset
-from train_gpt import (Rows, UserError, count_tokens, cut_documents, cut_selection, drop_held_out,
-                       load_dataset, make_config, read_meta, read_shard, split_documents)
+from train_gpt import (Rows, UserError, count_tokens, cut_documents, cut_selection, count_bytes,
+                       dataset_folder, drop_held_out, load_dataset, make_config, read_meta,
+                       read_shard, split_documents)
 
 # of datasets in this file: 20 documents of train, 4 of val, 4 of holdout, 50 tokens each
 SIZES = dict(vocab_size=VOCAB, train_tokens=400, selection_tokens=60, eval_tokens=0,
@@ -64,6 +67,20 @@ def texts(documents):
 
 
 # ==== Shards ====================================================================================
+@pytest.mark.parametrize("vocab, bos, tokens, says", [
+    (100, 99, [99, 70000], "from 0 to 99"), (100, 99, [99, 100], "from 0 to 99"),
+    (100, 99, [99, -1], "from 0"), (100, 99, [5, 99], "begin with BOS 99"),
+    (100, 99, [99], "two or more"), (100, 99, [], "whole numbers"),
+    (100, 99, [99.0, 1.5], "float64"), (100, 99, [[99, 1]], "one dimension"),
+    (100, 99, [True, False], "bool"), (65537, 99, [99, 1], "at most 65,536"),
+    (100, 100, [99, 1], "BOS 100"), (100, -1, [99, 1], "BOS -1"), (0, 0, [0, 1], "vocabulary of 0")])
+def test_what_a_shard_cannot_hold_is_not_written(vocab, bos, tokens, says, tmp_path):
+    """The check comes before the cast to 16 bits, in which 70,000 would be 4,464."""
+    with pytest.raises(ValueError, match=says):
+        shards.write_shard(tmp_path / "a_train_000000.bin", tokens, vocab, bos)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("vocab, bos, tokens", [
     (64, 63, [63, 1, 2, 63, 0, 62]), (65536, 65535, [65535, 0, 256, 255]),
     (50304, 0, [0, 7, 0, 50303])])          # 0: <|endoftext|> of GPT-NeoX and others
@@ -184,10 +201,11 @@ def random_documents(count, seed=0, longest=9):
 
 
 def test_documents_are_split_at_every_bos():
-    documents = random_documents(50)        # some have nothing but BOS
+    documents = random_documents(50)
     tokens = np.concatenate(documents)
     found = split_documents(tokens, BOS)
-    assert texts(found) == texts(documents)
+    assert min(len(document) for document in documents) == 1    # nothing but BOS is no document
+    assert texts(found) == [text for text in texts(documents) if len(text) > 1]
     assert all(np.shares_memory(document, tokens) for document in found)
 
 
@@ -205,7 +223,7 @@ def test_budget_is_met_to_the_token(seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_selection_is_the_least_number_of_whole_documents(seed):
     documents = random_documents(20, seed)
-    for wanted in range(count_tokens(documents) - len(documents[-1]) + 1):
+    for wanted in range(count_tokens(documents) // 2 - 9):
         train, selection = cut_selection(documents, make_config(
             "cpu", selection_tokens=wanted, final_mixture="uniform"))
         assert texts(selection + train) == texts(documents)
@@ -214,31 +232,85 @@ def test_selection_is_the_least_number_of_whole_documents(seed):
         assert train
 
 
-def test_selection_that_leaves_nothing_is_refused():
-    documents = random_documents(20)
-    for wanted in (count_tokens(documents), count_tokens(documents) - len(documents[-1]) + 1):
-        with pytest.raises(UserError, match="--selection_tokens takes all .*; lower it"):
-            cut_selection(documents, make_config("cpu", selection_tokens=wanted))
+def of_lengths(*lengths):
+    return [np.append(BOS, np.arange(n - 1)).astype(np.uint16) for n in lengths]
 
 
-@pytest.mark.parametrize("held_out, repeated, refused", [
-    (200, 1, False), (199, 1, True), (400, 2, False), (400, 3, True), (10, 0, False)])
-def test_a_few_held_out_documents_are_dropped_and_many_refused(held_out, repeated, refused,
-                                                               tmp_path):
-    """Up to half a percent is what the web repeats; more, and the splits overlap."""
-    documents = [np.array([BOS, n % BOS, n // BOS], np.uint16) for n in range(held_out + 100)]
-    train, other = documents[:100], documents[100:]
-    mixed = [*train[:50], *other[:repeated], *train[50:]]
+@pytest.mark.parametrize("lengths, wanted, says", [
+    ((10, 10, 10, 10), 21, "30 of the 40 tokens.*; lower it"),
+    ((10, 10, 10, 10), 99, "40 of the 40 tokens.*; lower it"),
+    ((21, 10, 9), 1, "21 of the 40 tokens.*only 0 works, with --final_mixture=uniform"),
+    ((40,), 5, "40 of the 40 tokens.*only 0 works")], ids=str)
+def test_selection_that_takes_more_than_half_is_refused(lengths, wanted, says):
+    with pytest.raises(UserError, match=f"--selection_tokens={wanted}: .*{says}"):
+        cut_selection(of_lengths(*lengths), make_config("cpu", selection_tokens=wanted))
+    train, selection = cut_selection(of_lengths(*lengths), make_config(
+        "cpu", selection_tokens=0, final_mixture="uniform"))
+    assert (count_tokens(train), selection) == (sum(lengths), [])
+
+
+def test_half_of_train_may_be_selection():
+    train, selection = cut_selection(of_lengths(10, 10, 20), make_config("cpu", selection_tokens=11))
+    assert (len(selection), len(train)) == (2, 1)
+
+
+@pytest.mark.parametrize("split", ["val", "holdout"])
+@pytest.mark.parametrize("repeated, refused", [(0, False), (1, False), (25, False), (26, True)])
+def test_held_out_documents_are_dropped_from_train(split, repeated, refused, tmp_path):
+    """What short texts repeat by nature goes; a quarter of a split's tokens, and they overlap."""
+    documents = [np.array([BOS, n % BOS, n // BOS], np.uint16) for n in range(300)]
+    splits = {"train": documents[:100], "val": documents[100:200], "holdout": documents[200:]}
+    train, other = splits["train"], splits[split]
+    splits["train"] = [*train[:50], *other[:repeated], *other[:repeated], *train[50:]]
     if refused:
-        with pytest.raises(UserError) as error:
-            drop_held_out(tmp_path, mixed, other)
-        assert str(error.value).startswith(f"{tmp_path}: {repeated} documents of train ")
-        assert "overlap" in str(error.value)
+        with pytest.raises(UserError, match=f"{tmp_path}: 26% of {split} is in train.*overlap"):
+            drop_held_out(tmp_path, splits)
         return
-    kept, notes = drop_held_out(tmp_path, mixed, other)
+    kept, notes = drop_held_out(tmp_path, splits)
     assert texts(kept) == texts(train)
     assert len(notes) == min(1, repeated)
-    assert all(f" {repeated} documents of train left out" in note for note in notes)
+    assert all(f" {2 * repeated} documents of train left out" in note for note in notes)
+
+
+def test_overlap_is_counted_by_tokens(tmp_path):
+    """Nine short documents of ten may be in train, if the tenth is most of the text."""
+    short = [np.array([BOS, n], np.uint16) for n in range(9)]
+    long = [np.append(BOS, np.arange(80)).astype(np.uint16)]
+    own = of_lengths(30, 31)
+    splits = {"train": own + short, "val": short + long, "holdout": of_lengths(40)}
+    assert texts(drop_held_out(tmp_path, splits)[0]) == texts(own)
+    splits["val"] = short + of_lengths(50)
+    with pytest.raises(UserError, match="26% of val"):
+        drop_held_out(tmp_path, splits)
+
+
+def add_documents(folder, split, documents):
+    path = folder / f"small_{split}_000000.bin"
+    tokens = np.concatenate([*documents, read_tokens(path)])
+    rewrite(path, {2: len(tokens)}, tokens)
+    set_facts(folder, f"{split}_000000", sha256=None)
+
+
+def test_empty_documents_are_none(dataset):
+    """In front of train with --selection_tokens=1, and in all splits at once."""
+    data = load(dataset, selection_tokens=1)
+    before = {"train": texts(data.train)}
+    before |= {split: texts(documents) for split, documents in data.scored.items()}
+    for split in ("train", "val", "holdout"):
+        add_documents(dataset, split, [np.array([BOS], np.uint16)] * 3)
+    data = load(dataset, selection_tokens=1)
+    assert texts(data.train) == before["train"] and data.notes == []
+    for split, documents in data.scored.items():
+        assert texts(documents) == before[split]
+
+
+def test_the_least_that_is_trained_on_and_scored(dataset):
+    data = load(dataset, train_tokens=2, selection_tokens=0, eval_tokens=1)
+    assert count_tokens(data.train) == 2
+    assert {split: count_tokens(part) for split, part in data.scored.items()} == {
+        "val": 2, "holdout": 2}
+    with pytest.raises(UserError, match="--train_tokens=1: must be from 2"):
+        load(dataset, train_tokens=1, selection_tokens=0)
 
 
 # ==== Datasets ==================================================================================
@@ -254,7 +326,7 @@ def test_sound_dataset(dataset):
     assert list(data.scored) == ["selection", "val", "holdout"]
     assert data.hashes == {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
                            for path in dataset.glob("*.bin")}
-    assert data.bytes_per_token == {"train": 0, "val": 0, "holdout": 0}     # not in meta.json
+    assert data.val_bytes is None               # no ranks
     assert data.meta == json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
     assert data.notes == []
 
@@ -286,24 +358,86 @@ def test_shards_of_a_split_are_one_text_in_the_order_of_their_names(tmp_path):
         load(folder, train_tokens=201, selection_tokens=0)
 
 
-def test_bytes_of_text_a_token(tmp_path):
-    """Of all shards of a split that were read, whatever part of them is scored."""
-    folder = tmp_path / "many"
-    for split in ("train", "val", "holdout"):
-        for index in range(2):
-            tokens = [BOS, len(split), *range(98)]
-            shards.write_shard(folder / f"many_{split}_{index:06d}.bin", tokens, VOCAB, BOS)
-    facts = {"train_000000": 250, "val_000000": 300, "val_000001": 400, "holdout_000001": None}
-    shards.write_meta(folder, {"splits": {key: {"text_bytes": size}
-                                          for key, size in facts.items()}})
-    data = load(folder, train_tokens=90, selection_tokens=0, eval_tokens=7)
-    assert data.bytes_per_token == {"train": 2.5, "val": 3.5, "holdout": 0}
+def write_ranks(folder, texts):
+    lines = [base64.b64encode(text) + b" %d\n" % token for token, text in texts.items()]
+    (folder / "ranks.tiktoken").write_bytes(b"".join(lines))
+
+
+@pytest.mark.parametrize("scored", [0, 2, 7, 60, 120])
+def test_bytes_of_exactly_the_scored_tokens(scored, dataset):
+    """Of val, which is cheap text and then dear text; BOS is no text. meta.json is not asked."""
+    names = {token: b"a" * (1 + token % 3) if token < 50 else "\u4e2d\u6587".encode() * 2
+             for token in range(BOS)}
+    write_ranks(dataset, names)
+    tokens = np.concatenate([[BOS], np.arange(49), [BOS], np.arange(50, 98)]).astype(np.uint16)
+    rewrite(dataset / "small_val_000000.bin", {2: len(tokens)}, tokens)
+    set_facts(dataset, "val_000000", sha256=None, text_bytes="nonsense")
+    data = load(dataset, eval_tokens=scored)
+    targets = tokens[1:scored or None]
+    assert data.val_bytes == sum(len(names[token]) for token in targets.tolist() if token != BOS)
+    content = (dataset / "ranks.tiktoken").read_bytes()
+    assert data.hashes["ranks"] == hashlib.sha256(content).hexdigest()
+
+
+def test_bytes_are_unknown_where_a_token_has_no_text():
+    documents = [np.array([BOS, 1, 2], np.uint16)]
+    assert count_bytes(documents, {1: b"xy", 2: b"z"}, BOS) == 3
+    assert count_bytes(documents, {1: b"xy", 3: b"z"}, BOS) is None
+    assert count_bytes(documents, {}, BOS) is None
+
+
+def test_bytes_of_the_whole_val_are_those_of_its_text():
+    data = load_dataset(ROOT / "data/prose", make_config("cpu"))
+    assert data.val_bytes == data.meta["splits"]["val_000000"]["text_bytes"] > 300_000
+
+
+@pytest.mark.parametrize("split", ["val", "holdout", "train"])
+def test_a_listed_shard_that_is_missing_is_refused(split, tmp_path):
+    """Also of train, if it lies before those that are needed; behind them it may be missing."""
+    folder = make_dataset(tmp_path / "small")
+    for index in (1, 2):
+        for name in ("train", "val", "holdout"):
+            tokens = np.full(100, 10 * index + len(name), np.uint16)
+            tokens[::25] = BOS
+            path = folder / f"small_{name}_{index:06d}.bin"
+            facts = shards.write_shard(path, tokens, VOCAB, BOS)
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            meta["splits"][f"{name}_{index:06d}"] = facts
+            shards.write_meta(folder, meta)
+    wanted = dict(train_tokens=3150, selection_tokens=60)
+    load(folder, **wanted)
+    (folder / f"small_{split}_000001.bin").unlink()
+    with pytest.raises(UserError, match=f"{folder}: {split}_000001, .*meta.json lists, is missing"):
+        load(folder, **wanted)
+    if split == "train":
+        load(folder, train_tokens=3000)
+
+
+def test_a_part_of_val_has_no_data_efficiency(dataset):
+    """Its curve is of the whole val."""
+    meta = json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
+    shards.write_meta(dataset, meta | {"baseline": {"one_epoch": [[100, 5.0]]}})
+    assert load(dataset).meta["baseline"] and load(dataset).notes == []
+    data = load(dataset, eval_tokens=50)
+    assert "baseline" not in data.meta
+    assert [note for note in data.notes if "no data efficiency" in note] == data.notes != []
+
+
+def test_a_relative_dataset_is_looked_for_here_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = make_config("cpu")
+    assert dataset_folder(config) == ROOT / "data/prose"
+    (tmp_path / "data/prose").mkdir(parents=True)
+    assert dataset_folder(config) == tmp_path / "data/prose"
+    assert dataset_folder(make_config("cpu", dataset="nowhere")) == ROOT / "nowhere"
+    assert dataset_folder(make_config("cpu", dataset="/nowhere")) == Path("/nowhere")
 
 
 @pytest.mark.parametrize("split, name", [
     ("train", "fineweb"), ("val", "prose"), ("holdout", "fineweb"), ("val", "my_text")])
 def test_missing_split_names_the_command(split, name, dataset):
     (dataset / f"small_{split}_000000.bin").unlink()
+    (dataset / "meta.json").unlink()
     dataset = dataset.rename(dataset.parent / name)
     script = name if (ROOT / f"data/{name}.py").exists() else "YOUR_SCRIPT"
     with pytest.raises(UserError) as error:
@@ -331,19 +465,25 @@ def test_more_tokens_than_there_are(dataset):
 def test_held_out_documents_in_train(split, dataset):
     repeated = read_tokens(dataset / "small_train_000000.bin")[50:100]
     path = dataset / f"small_{split}_000000.bin"
-    facts = shards.write_shard(path, np.append(read_tokens(path), repeated), VOCAB, BOS)
-    set_facts(dataset, f"{split}_000000", **facts)
-    with pytest.raises(UserError, match=f"{dataset}: 1 documents of train .* overlap"):
+    tokens = np.append(read_tokens(path), repeated)
+    set_facts(dataset, f"{split}_000000", **shards.write_shard(path, tokens, VOCAB, BOS))
+    data = load(dataset)
+    assert data.notes == ["data      1 documents of train left out: val or holdout has them"]
+    assert repeated.tolist() not in texts(data.scored["selection"] + data.train)
+    assert count_tokens(data.scored["selection"] + data.train) == 400
+    tokens = np.append(tokens, read_tokens(dataset / "small_train_000000.bin")[100:150])
+    set_facts(dataset, f"{split}_000000", **shards.write_shard(path, tokens, VOCAB, BOS))
+    with pytest.raises(UserError, match=f"{dataset}: 33% of {split} is in train.* overlap"):
         load(dataset)
 
 
 # ==== meta.json =================================================================================
 def test_meta_by_shard(dataset):
-    set_facts(dataset, "val_000000", text_bytes=17)
+    set_facts(dataset, "val_000000", sha256=None)
     meta, listed = read_meta(dataset)
     assert meta == json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
-    assert listed == {key: (facts["sha256"], 17 if key == "val_000000" else 0)
-                      for key, facts in meta["splits"].items()}
+    assert listed == {key: facts["sha256"] for key, facts in meta["splits"].items()}
+    assert listed["val_000000"] is None and len(listed) == 3
 
 
 def test_dataset_without_meta_is_read(dataset):
@@ -354,9 +494,7 @@ def test_dataset_without_meta_is_read(dataset):
 
 @pytest.mark.parametrize("text", [
     "", "{", "[]", "3", "null", '"text"', '{"splits": 5}', '{"splits": null}', '{"splits": []}',
-    '{"splits": {"train_000000": 5}}', '{"splits": {"val_000000": []}}', "\xff",
-    '{"splits": {"val_000000": {"text_bytes": "many"}}}',
-    '{"splits": {"val_000000": {"text_bytes": [1]}}}'], ids=lambda text: text[:50])
+    '{"splits": {"train_000000": 5}}', '{"splits": {"val_000000": []}}', "\xff"], ids=lambda text: text[:50])
 def test_malformed_meta(text, dataset):
     (dataset / "meta.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=f"{dataset / 'meta.json'}: cannot be read"):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from data import ngram
+from data.ngram import BUCKETS, weights_by_bucket
 from helpers import relative_error, small_config
-from train_gpt import (OtherMember, count_ngram, ensemble_curve, fit_by_bucket,
-                       fit_mixture, learned_mixture, mean_loss, mixture_logp)
+from train_gpt import (OtherMember, count_ngram, ensemble_curve, fit_mixture, learned_mixture,
+                       mean_loss, mixture_logp)
 
 
 # ==== Mixtures ==================================================================================
@@ -90,8 +91,8 @@ def fitted_by_bucket(members, prior):
     buckets = np.random.default_rng(3).choice([0, 1, 2, 4], 400)
     weights = np.array((0.2, 0.5, 0.3)[:members])
     weights = weights / weights.sum()
-    table = fit_by_bucket(list(logps), buckets, 6, weights, prior)
-    assert table.shape == (members, 6)
+    table = weights_by_bucket(list(logps), buckets, weights, prior)
+    assert table.shape == (members, BUCKETS)
     assert np.allclose(table.sum(axis=0), 1) and (table >= 0).all()
     for bucket in (3, 5):                       # the weights of all
         assert np.allclose(table[:, bucket], weights)
@@ -143,7 +144,7 @@ def assert_learned(point, name, logps, buckets=None, prior=30.0):
     weights = fit_mixture(logps[:, here])
     assert point[f"weights_{name}"] == pytest.approx(weights, abs=1e-4)
     if buckets is not None:
-        table = fit_by_bucket(logps[:, here], buckets[here], buckets.max() + 1, weights, prior)
+        table = weights_by_bucket(logps[:, here], buckets[here], weights, prior)
         weights = table[:, buckets]
     expected = naive_losses(logps, weights)
     for split in ("val", "holdout"):
@@ -156,10 +157,15 @@ def test_ensemble_curve_against_full_distributions():
     counted, another = random_logps(2, 150, seed=1)
     buckets = np.random.default_rng(2).integers(0, 4, 150)
     buckets[PARTS["val"]][0] = 6                # a bucket that selection has not seen
-    others = {"ngram": OtherMember(by_split(counted), by_split(buckets)),
+
+    def weigh(by_split_logps, weights):
+        table = weights_by_bucket(by_split_logps["selection"], buckets[PARTS["selection"]], weights,
+                                  prior=7)
+        return {split: table[:, buckets[part]] for split, part in PARTS.items()}
+
+    others = {"ngram": OtherMember(by_split(counted), weigh),
               "another": OtherMember(by_split(another))}
-    config = small_config(num_models=3, ngram_prior=7)
-    curve = ensemble_curve([by_split(logp.astype(np.float32)) for logp in logps], config, others)
+    curve = ensemble_curve([by_split(logp.astype(np.float32)) for logp in logps], others)
     logps = logps.astype(np.float32).astype(np.float64)
     assert [point["n"] for point in curve] == [1, 2, 3]
     for point in curve:
@@ -169,14 +175,14 @@ def test_ensemble_curve_against_full_distributions():
         assert_learned(point, "learned", members)
         assert_learned(point, "another", np.vstack((members, another)))
         assert_learned(point, "ngram", np.vstack((members, counted)), buckets, prior=7)
-    alone = ensemble_curve([by_split(logp) for logp in logps], config)
+    alone = ensemble_curve([by_split(logp) for logp in logps])
     assert [{name: point[name] for name in quiet} for point, quiet in zip(curve, alone)] == alone
     assert "val_loss_learned" in alone[0] and "val_loss_ngram" not in alone[0]
 
 
 def test_learned_mixture_is_rounded_for_show_only():
     logps = random_logps(3, 150, seed=5)
-    losses, shown = learned_mixture([by_split(logp) for logp in logps], small_config())
+    losses, shown = learned_mixture([by_split(logp) for logp in logps])
     assert set(losses) == {"val", "holdout"}
     assert shown == [round(weight, 4) for weight in shown]
     assert sum(shown) == pytest.approx(1, abs=2e-4)
@@ -187,23 +193,23 @@ def test_learned_mixture_is_rounded_for_show_only():
 def test_learned_weights_see_selection_only():
     logps = random_logps(2, 150)
     members = [by_split(logp) for logp in logps]
-    _, before = learned_mixture(members, small_config())
+    _, before = learned_mixture(members)
     for split in ("val", "holdout"):
         members[0][split] = members[0][split] + 5
-    _, after = learned_mixture(members, small_config())
+    _, after = learned_mixture(members)
     assert before == after
 
 
 def test_ensemble_without_selection_learns_nothing():
     members = [{"val": logp[:20], "holdout": logp[20:]} for logp in random_logps(3, 40)]
     other = OtherMember(members[0], None)
-    for point in ensemble_curve(members, small_config(num_models=3), {"another": other}):
+    for point in ensemble_curve(members, {"another": other}):
         assert set(point) == {"n", "val_loss", "holdout_loss"}
 
 
 def test_beyond_16_members_weights_are_fitted_for_powers_of_two_and_all():
     logps = random_logps(35, 150)
-    curve = ensemble_curve([by_split(logp) for logp in logps], small_config(num_models=35))
+    curve = ensemble_curve([by_split(logp) for logp in logps])
     assert all("val_loss" in point for point in curve)
     fitted = [point["n"] for point in curve if "val_loss_learned" in point]
     assert fitted == [*range(1, 17), 32, 35]
@@ -316,13 +322,14 @@ def held_out():
 def test_ngram_against_dictionaries(order, count, train, held_out):
     """Probabilities, and how much is known of each context."""
     slow = SlowKneserNey(train[:count], VOCAB, BOS, order)
-    logps, supports = ngram_of(train[:count], order).score({"val": as_tokens(held_out)})
+    ngram = ngram_of(train[:count], order)
+    logps, _ = ngram.score({"val": as_tokens(held_out)}, prior=30)
     histories = [slow.history(held_out, i) for i in range(1, len(held_out))]
     expected = [math.log(slow.probability(history, token))
                 for history, token in zip(histories, held_out[1:])]
     assert logps["val"].dtype == np.float32
     assert relative_error(logps["val"], expected) < 1e-6
-    assert supports["val"].tolist() == [slow.support(history) for history in histories]
+    assert ngram.support(as_tokens(held_out)).tolist() == [slow.support(history) for history in histories]
     if count == 3000 and order > 1:         # discounts are estimated, not the fallback
         assert slow.discounts[order] != (0, 0.5, 1, 1.5)
 
@@ -389,5 +396,20 @@ def test_count_ngram_counts_train_and_scores_the_rest(train, held_out):
     expected = ngram_of(train, 3)
     for split, tokens in (("selection", train[:50]), ("val", held_out)):
         assert np.array_equal(member.logp[split], expected.logprobs(as_tokens(tokens)))
-        assert np.array_equal(member.buckets[split], expected.support(as_tokens(tokens)))
-    assert set(member.logp) == set(member.buckets) == {"selection", "val"}
+    assert set(member.logp) == {"selection", "val"}
+
+
+def test_the_ngram_weighs_by_what_it_knows_of_contexts(train, held_out):
+    """By buckets of its support, fitted on selection with the config's prior."""
+    data = SimpleNamespace(train=documents_of(train), bos=BOS, scored={
+        "selection": documents_of(train[:90]), "val": documents_of(held_out)})
+    member = count_ngram(small_config(vocab_size=VOCAB, ngram_order=3, ngram_prior=11), data)
+    logps = {split: np.stack([np.full(len(p), -2.0), p]) for split, p in member.logp.items()}
+    weights = np.array([0.7, 0.3])
+    found = member.weigh(logps, weights)
+    support = {split: ngram_of(train, 3).support(as_tokens(tokens))
+               for split, tokens in (("selection", train[:90]), ("val", held_out))}
+    table = weights_by_bucket(logps["selection"], support["selection"], weights, 11)
+    for split, buckets in support.items():
+        assert np.array_equal(found[split], table[:, buckets])
+    assert not np.allclose(found["val"], weights[:, None])

@@ -283,7 +283,7 @@ def test_another_size_than_there(hub, tmp_path, capsys):
 
 # ==== GPT-2's vocabulary ========================================================================
 PROSE_META = json.loads((ROOT / "data/prose/meta.json").read_text(encoding="utf-8"))
-PROSE_RANKS = read_ranks(ROOT / "data/prose", PROSE_META)
+PROSE_RANKS, _ = read_ranks(ROOT / "data/prose", PROSE_META)
 PUBLISHED = (r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"""
              r"""|\s+""")                      # of GPT-2's encoder.py
 TEXTS = [
@@ -317,14 +317,14 @@ def test_ranks_lie_beside_the_shards_and_give_their_bytes(hub, tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "tiktoken", tiktoken)
     out = tmp_path / "out"
     meta = check_dataset(out, hub.tokens, SMALL_BUDGETS, "ranks.tiktoken")
-    ranks = read_ranks(out, meta)
+    ranks, _ = read_ranks(out, meta)
     assert ranks == {token: stub_bytes(token) for token in range(BOS)}
     for split in fineweb.SPLITS:
         tokens = read_shard(out / f"fineweb_{split}_000000.bin")[0].tolist()
         assert meta["splits"][f"{split}_000000"]["text_bytes"] == sum(
             len(ranks[token]) for token in tokens if token != BOS)
     data = load_dataset(out, make_config("limited", train_tokens=1500, selection_tokens=0))
-    assert data.bytes_per_token["val"] == meta["splits"]["val_000000"]["text_bytes"] / 500
+    assert data.val_bytes == meta["splits"]["val_000000"]["text_bytes"]
     # with pattern and special token they are all that tiktoken needs
     ours = tiktoken.Encoding("ours", pat_str=meta["pattern"],
                              mergeable_ranks={text: token for token, text in ranks.items()},

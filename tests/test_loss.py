@@ -7,9 +7,9 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import randn, relative_error, rng, small_config
+from helpers import needs_compiler, randn, relative_error, rng, small_config
 from train_gpt import (KnownGradient, LossSpec, add_sums, capped_logits, chunked_loss, loss_chunk,
-                       missing_for_compile, target_logprobs)
+                       target_logprobs)
 
 N, D, VOCAB, PADDED = 37, 16, 50, 64
 DISTILLATION = [(0.0, 1.0), (0.5, 1.0), (0.7, 2.0), (1.0, 0.5)]     # alpha, temperature
@@ -249,7 +249,7 @@ def test_a_chunk_is_one_graph_whatever_the_weights_of_targets_are():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
-@pytest.mark.skipif(bool(missing_for_compile("cpu")), reason="nothing to compile with")
+@needs_compiler
 def test_compiled_loss_chunk_equals_eager():
     hidden, weight, y, teacher = loss_inputs(0.5, targets=3, dtype=torch.float32)
     spec = spec_of(TARGET_WEIGHTS[-1], 0.5, 2.0, 5.0)

@@ -17,10 +17,10 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import flex_attention as flex_module
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import (CPU, SlowModel, assert_causal, gradients_of, randn, random_model, randomize,
-                     random_tokens, relative_error, rng, small_config)
+from helpers import (CPU, SlowModel, assert_causal, gradients_of, needs_compiler, randn,
+                     random_model, random_tokens, randomize, relative_error, rng, small_config)
 from train_gpt import (GPT, AttentionSpec, attend, flops_per_token, layer_order, layer_windows,
-                       make_mask, missing_for_compile, stage_at, training_stages, yarn)
+                       make_mask, stage_at, training_stages, yarn)
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -156,7 +156,7 @@ def test_all_batches_and_members_of_a_stage_share_a_graph(attention, every_path)
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
-@pytest.mark.skipif(bool(missing_for_compile("cpu")), reason="nothing to compile with")
+@needs_compiler
 def test_inductor_computes_what_eager_does():
     """A whole model and its gradients, compiled to machine code."""
     torch._dynamo.reset()

@@ -24,7 +24,7 @@ SPLITS = ["train_000000", "val_000000", "holdout_000000"]
 
 @pytest.fixture(scope="module")
 def encoding():
-    ranks = {text: token for token, text in read_ranks(FOLDER, META).items()}
+    ranks = {text: token for token, text in read_ranks(FOLDER, META)[0].items()}
     return tiktoken.Encoding(META["tokenizer"], pat_str=META["pattern"], mergeable_ranks=ranks,
                              special_tokens={META["bos_text"]: META["bos_id"]})
 
@@ -173,7 +173,7 @@ def test_building_writes_a_sound_dataset_and_keeps_its_baseline(tmp_path, monkey
     """The curves stay in meta.json when the shards come out the same, and only then."""
     out = tmp_path / "out"
     chapters = made_up_chapters()
-    ranks = {text: token for token, text in read_ranks(FOLDER, META).items()}
+    ranks = {text: token for token, text in read_ranks(FOLDER, META)[0].items()}
     monkeypatch.setattr(prose, "HELD_OUT_CHARS", sum(map(prose.length, chapters)) // 10)
     monkeypatch.setattr(prose, "unpack", lambda package, cache, folder: folder)
     monkeypatch.setattr(prose, "train_ranks", lambda texts: ranks)
@@ -184,7 +184,7 @@ def test_building_writes_a_sound_dataset_and_keeps_its_baseline(tmp_path, monkey
     config = make_config("cpu", train_tokens=entries["train_000000"]["tokens"],
                          selection_tokens=0, final_mixture="uniform")
     data = load_dataset(out, config)
-    token_bytes = read_ranks(out, data.meta)
+    token_bytes, _ = read_ranks(out, data.meta)
     for split, documents in (("train", data.train), ("holdout", data.scored["holdout"])):
         texts = [b"".join(token_bytes[token] for token in document[1:].tolist()).decode()
                  for document in documents]

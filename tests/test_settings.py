@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import train_gpt
-from helpers import SCRIPT, TOY, main, python
+from helpers import SCRIPT, TOY, have_gpus, main, python
 from train_gpt import (FIELDS, TRACKS, UserError, as_text, check_combinations, check_ranges,
-                       make_config, opt, parse, parse_arguments, parse_schedule)
+                       is_distilled, make_config, micro_batch_rows, opt, parse, parse_arguments,
+                       parse_schedule, planned_flops, stage_at, step_flops)
 
 EVERY_TRACK = [(track, preset) for track in TRACKS for preset in ("", "toy")]
 
@@ -133,10 +134,12 @@ def test_schedules_are_sorted_by_progress_and_jumps_keep_their_order():
 
 
 def test_arguments_are_fields_and_texts():
-    given = ["--seed=3", "--run_id=a=b", "--dataset=", "--seed=4", "--no_field=x"]
-    assert parse_arguments(given) == {"seed": "4", "run_id": "a=b", "dataset": "",
+    given = ["--seed=3", "--run_id=a=b", "--dataset=", "--no_field=x"]
+    assert parse_arguments(given) == {"seed": "3", "run_id": "a=b", "dataset": "",
                                       "no_field": "x"}
     assert parse_arguments([]) == {}
+    with pytest.raises(UserError, match="--seed is given twice: 3 and 4"):
+        parse_arguments([*given, "--seed=4"])
 
 
 @pytest.mark.parametrize("argument", ["--seed", "seed=3", "-seed=3", "3", "", "--"])
@@ -258,8 +261,12 @@ def refused(tmp_path):
     (["--wd_schedule=0:1,half:2"], ["--wd_schedule=0:1,half:2", "0:1,0.5"]),
     (["--run_id=../elsewhere"], ["--run_id=../elsewhere"]),
     (["--run_id=a\nb"], ["--run_id=a b"]),
-    (["--selection_tokens=9000"], ["--selection_tokens", "lower"]),
-    (["--selection_tokens=8999"], ["--selection_tokens", "lower"]),
+    (["--selection_tokens=9000"], ["--selection_tokens=9000", "more than half", "lower"]),
+    (["--selection_tokens=4600"], ["--selection_tokens=4600", "more than half", "lower"]),
+    (["--model_dim=16"], ["--model_dim=16", "from 32"]),
+    (["--loop_start=0", "--loop_count=2", "--loop_from_epoch=9", "--num_epochs=9"],
+     ["--loop_from_epoch=9", "--num_epochs=9", "--loop_count=1"]),
+    (["--kd_from=5", "--num_models=4"], ["--kd_from=5", "--num_models=4", "--kd_alpha=0"]),
     (["--train_tokens=10_000_000"], ["data/prose", "1,400,337", "--train_tokens=10000000"]),
     (["--vocab_size=1000"], ["prose_train_000000.bin", "--vocab_size=2048"]),
     (["--dataset=nowhere"], ["nowhere", "python data/"]),
@@ -276,9 +283,41 @@ def test_setting_is_refused(arguments, words, refused):
     assert all(word in line for word in words), line
 
 
+def test_plans_that_can_be_meant():
+    """One member needs no teacher; loops may begin in the last epoch, or be off."""
+    make_config("mini", num_models=1, kd_from=9)
+    make_config("unlimited", num_models=4, kd_alpha=0.0)
+    make_config("limited", num_epochs=7)
+    make_config("limited", num_epochs=3, loop_count=1)
+
+
+@pytest.mark.parametrize("track", TRACKS)
+def test_toy_starts_on_many_processes(track):
+    for world_size in (1, 2, 4, 8):
+        assert micro_batch_rows(make_config(track, preset="toy"), world_size) >= 1
+
+
+@pytest.mark.parametrize("track", TRACKS)
+def test_planned_flops_are_those_of_all_steps(track):
+    """Stages, and a teacher where there is one; the last step may not be full."""
+    tokens = 50_000_001
+    config = make_config(track)
+    flops, teacher = step_flops(config)
+    planned = planned_flops(config, tokens)
+    assert len(planned) == config.num_models
+    for number in {1, 2, config.kd_from, config.num_models} & set(range(1, len(planned) + 1)):
+        a_step = config.rows_of(number) * config.seq_len
+        steps = math.ceil(tokens * config.num_epochs / a_step)
+        total = sum(flops[stage_at(list(flops), step / steps)] for step in range(steps)) * a_step
+        if config.kd_alpha and number >= config.kd_from:
+            assert is_distilled(config, number)
+            total += steps * a_step * teacher
+        assert planned[number - 1] == pytest.approx(total, rel=0.005)
+
+
 def test_batch_that_processes_cannot_share(refused, monkeypatch):
     """Before any of them is there: run.sh asks with the number that it will launch."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    have_gpus(monkeypatch, 8)
     arguments = ["--track=limited", "--preset=toy", "--meta_lr=0", "--edge_batch_rows=0"]
     assert main("check", *arguments, "--batch_rows=24")[0] == 0
     code, out, err = main("check", *arguments, "--batch_rows=17")

@@ -197,7 +197,7 @@ def test_sample_goes_on_from_the_prompt(runs, monkeypatch):
     assert texts[2].startswith(texts[1].rstrip()[:40])
     assert len(texts[2]) > len(texts[1]) > len(texts[0])
     meta = json.loads((ROOT / "data/prose/meta.json").read_text(encoding="utf-8"))
-    ranks = train_gpt.read_ranks(ROOT / "data/prose", meta)
+    ranks, _ = train_gpt.read_ranks(ROOT / "data/prose", meta)
     assert seen[0][0] == meta["bos_id"] and seen[0] == seen[2]
     assert b"".join(ranks[token] for token in seen[0][1:]) == b"It was"
 
@@ -315,8 +315,9 @@ def test_mixture_with_an_ngram_has_weights_by_bucket(runs, tmp_path):
     _, config = _runs.read_result(runs.one.folder)
     data = load_dataset(ROOT / config.dataset, config)
     ngram = NGram(np.concatenate(data.train), config.vocab_size, data.bos, 3)
-    ngram_logp, buckets = ngram.score({split: np.concatenate(documents)
-                                       for split, documents in data.scored.items()})
+    tokens = {split: np.concatenate(documents) for split, documents in data.scored.items()}
+    ngram_logp, _ = ngram.score(tokens, config.ngram_prior)
+    buckets = {split: ngram.support(part) for split, part in tokens.items()}
     members = [*saved_logps(runs.one), *saved_logps(runs.two), ngram_logp]
     common = most_probable_weights([member["selection"] for member in members])
     weights = {bucket: most_probable_weights(
@@ -446,7 +447,7 @@ def test_plain_switches_off_what_is_not_kept():
         stages = training_stages(plain)
         assert {(stage.loops, stage.passes) for stage in stages} == {(1, 1)}
         assert [piecewise_linear(plain.wd_schedule, part) for part in (0, 0.3, 1)] == [1, 1, 1]
-        assert (plain.num_models, plain.average, plain.subset_fraction) == (1, "last", 1)
+        assert (plain.num_models, plain.average) == (1, "last")
         assert not any((plain.kd_alpha, plain.ngram_order, plain.mtp_weight, plain.meta_lr,
                         plain.second_weight, plain.third_weight, plain.sawtooth_epochs,
                         plain.dropout, plain.stochastic_depth, plain.edge_batch_rows,
