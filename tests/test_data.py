@@ -1,4 +1,4 @@
-"""Shards and rows: what train_gpt.py reads, what it refuses, and the order in which it trains on it.
+"""Shards and rows: what train_gpt.py reads and refuses, and the order in which it trains on it.
 
     python -m pytest tests/test_data.py
 """
@@ -16,9 +16,9 @@ import torch
 
 import shards
 from helpers import BOS, ROOT, TOY, VOCAB, main, make_dataset
-from train_gpt import (Rows, UserError, count_tokens, cut_documents, cut_selection, count_bytes,
-                       dataset_folder, drop_held_out, load_dataset, make_config, read_meta,
-                       read_shard, split_documents)
+from train_gpt import (Rows, UserError, count_bytes, count_tokens, cut_documents, cut_selection,
+                       dataset_folder, drop_held_out, ensemble_curve, load_dataset, make_config,
+                       read_meta, read_shard, split_documents, summarize)
 
 # of datasets in this file: 20 documents of train, 4 of val, 4 of holdout, 50 tokens each
 SIZES = dict(vocab_size=VOCAB, train_tokens=400, selection_tokens=60, eval_tokens=0,
@@ -73,7 +73,8 @@ def texts(documents):
     (100, 99, [99], "two or more"), (100, 99, [], "whole numbers"),
     (100, 99, [99.0, 1.5], "float64"), (100, 99, [[99, 1]], "one dimension"),
     (100, 99, [True, False], "bool"), (65537, 99, [99, 1], "at most 65,536"),
-    (100, 100, [99, 1], "BOS 100"), (100, -1, [99, 1], "BOS -1"), (0, 0, [0, 1], "vocabulary of 0")])
+    (100, 100, [100, 1], "vocabulary of 100"), (100, -1, [-1, 1], "vocabulary of 100"),
+    (0, 0, [0, 1], "vocabulary of 0")])
 def test_what_a_shard_cannot_hold_is_not_written(vocab, bos, tokens, says, tmp_path):
     """The check comes before the cast to 16 bits, in which 70,000 would be 4,464."""
     with pytest.raises(ValueError, match=says):
@@ -240,7 +241,8 @@ def of_lengths(*lengths):
     ((10, 10, 10, 10), 21, "30 of the 40 tokens.*; lower it"),
     ((10, 10, 10, 10), 99, "40 of the 40 tokens.*; lower it"),
     ((21, 10, 9), 1, "21 of the 40 tokens.*only 0 works, with --final_mixture=uniform"),
-    ((40,), 5, "40 of the 40 tokens.*only 0 works")], ids=str)
+    ((40,), 5, "40 of the 40 tokens.*only 0 works"),
+    ((2, 1), 1, "2 of the 3 tokens.*only 0 works")], ids=str)
 def test_selection_that_takes_more_than_half_is_refused(lengths, wanted, says):
     with pytest.raises(UserError, match=f"--selection_tokens={wanted}: .*{says}"):
         cut_selection(of_lengths(*lengths), make_config("cpu", selection_tokens=wanted))
@@ -250,7 +252,8 @@ def test_selection_that_takes_more_than_half_is_refused(lengths, wanted, says):
 
 
 def test_half_of_train_may_be_selection():
-    train, selection = cut_selection(of_lengths(10, 10, 20), make_config("cpu", selection_tokens=11))
+    config = make_config("cpu", selection_tokens=11)
+    train, selection = cut_selection(of_lengths(10, 10, 20), config)
     assert (len(selection), len(train)) == (2, 1)
 
 
@@ -270,6 +273,16 @@ def test_held_out_documents_are_dropped_from_train(split, repeated, refused, tmp
     assert texts(kept) == texts(train)
     assert len(notes) == min(1, repeated)
     assert all(f" {2 * repeated} documents of train left out" in note for note in notes)
+
+
+def test_train_of_which_nothing_is_left(dataset):
+    """Each of its documents is held out, and yet they are a small part of what is."""
+    tokens = read_tokens(dataset / "small_val_000000.bin")[:50]
+    facts = shards.write_shard(dataset / "small_train_000000.bin", tokens, VOCAB, BOS)
+    set_facts(dataset, "train_000000", **facts)
+    for wanted in (0, 10):
+        with pytest.raises(UserError, match=f"--selection_tokens={wanted}: .* 0 of the 0 tokens"):
+            load(dataset, train_tokens=50, selection_tokens=wanted)
 
 
 def test_overlap_is_counted_by_tokens(tmp_path):
@@ -379,6 +392,31 @@ def test_bytes_of_exactly_the_scored_tokens(scored, dataset):
     assert data.hashes["ranks"] == hashlib.sha256(content).hexdigest()
 
 
+@pytest.mark.parametrize("facts", [{}, {"text_bytes": None}, {"text_bytes": "many"},
+                                   {"text_bytes": [1]}, {"text_bytes": -3}], ids=str)
+def test_bytes_that_meta_gives_are_not_read(facts, dataset):
+    for split in ("train", "val", "holdout"):
+        set_facts(dataset, f"{split}_000000", **facts)
+    assert load(dataset).val_bytes is None
+    write_ranks(dataset, dict.fromkeys(range(BOS), b"abc"))
+    assert load(dataset).val_bytes == 3 * 4 * 49
+
+
+@pytest.mark.parametrize("scored", [0, 2, 70])
+def test_bits_per_byte_are_of_the_scored_tokens(scored, dataset):
+    """Whose targets are all but the first; one that is expensive has as many bytes as it has."""
+    write_ranks(dataset, {token: b"x" * (1 + token) for token in range(BOS)})
+    data = load(dataset, eval_tokens=scored)
+    tokens = read_tokens(dataset / "small_val_000000.bin")[:scored or None].tolist()
+    logp = -np.random.default_rng(0).exponential(2, len(tokens) - 1)
+    bits = sum(-logp / math.log(2)) / sum(1 + token for token in tokens if token != BOS)
+    config = make_config("cpu", final_mixture="uniform")
+    curve = ensemble_curve([{"val": logp, "holdout": logp}])
+    assert summarize(config, data, [], curve, {})["val_bpb"] == pytest.approx(bits, rel=1e-9)
+    data.val_bytes = None
+    assert summarize(config, data, [], curve, {})["val_bpb"] is None
+
+
 def test_bytes_are_unknown_where_a_token_has_no_text():
     documents = [np.array([BOS, 1, 2], np.uint16)]
     assert count_bytes(documents, {1: b"xy", 2: b"z"}, BOS) == 3
@@ -388,7 +426,7 @@ def test_bytes_are_unknown_where_a_token_has_no_text():
 
 def test_bytes_of_the_whole_val_are_those_of_its_text():
     data = load_dataset(ROOT / "data/prose", make_config("cpu"))
-    assert data.val_bytes == data.meta["splits"]["val_000000"]["text_bytes"] > 300_000
+    assert data.val_bytes == data.meta["splits"]["val_000000"]["text_bytes"] == 343_079
 
 
 @pytest.mark.parametrize("split", ["val", "holdout", "train"])
@@ -494,7 +532,8 @@ def test_dataset_without_meta_is_read(dataset):
 
 @pytest.mark.parametrize("text", [
     "", "{", "[]", "3", "null", '"text"', '{"splits": 5}', '{"splits": null}', '{"splits": []}',
-    '{"splits": {"train_000000": 5}}', '{"splits": {"val_000000": []}}', "\xff"], ids=lambda text: text[:50])
+    '{"splits": {"train_000000": 5}}', '{"splits": {"val_000000": []}}', "\xff"],
+    ids=lambda text: text[:50])
 def test_malformed_meta(text, dataset):
     (dataset / "meta.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=f"{dataset / 'meta.json'}: cannot be read"):

@@ -322,14 +322,15 @@ def held_out():
 def test_ngram_against_dictionaries(order, count, train, held_out):
     """Probabilities, and how much is known of each context."""
     slow = SlowKneserNey(train[:count], VOCAB, BOS, order)
-    ngram = ngram_of(train[:count], order)
-    logps, _ = ngram.score({"val": as_tokens(held_out)}, prior=30)
+    fast = ngram_of(train[:count], order)
+    logps, _ = fast.score({"val": as_tokens(held_out)}, prior=30)
     histories = [slow.history(held_out, i) for i in range(1, len(held_out))]
     expected = [math.log(slow.probability(history, token))
                 for history, token in zip(histories, held_out[1:])]
     assert logps["val"].dtype == np.float32
     assert relative_error(logps["val"], expected) < 1e-6
-    assert ngram.support(as_tokens(held_out)).tolist() == [slow.support(history) for history in histories]
+    known = fast.support(as_tokens(held_out)).tolist()
+    assert known == [slow.support(history) for history in histories]
     if count == 3000 and order > 1:         # discounts are estimated, not the fallback
         assert slow.discounts[order] != (0, 0.5, 1, 1.5)
 
@@ -397,6 +398,11 @@ def test_count_ngram_counts_train_and_scores_the_rest(train, held_out):
     for split, tokens in (("selection", train[:50]), ("val", held_out)):
         assert np.array_equal(member.logp[split], expected.logprobs(as_tokens(tokens)))
     assert set(member.logp) == {"selection", "val"}
+
+
+def test_there_is_a_bucket_for_the_most_that_can_be_known():
+    tokens = [BOS, 1, 2, 3] * 100
+    assert max(ngram_of(tokens, 4).support(as_tokens(tokens))) == BUCKETS - 1
 
 
 def test_the_ngram_weighs_by_what_it_knows_of_contexts(train, held_out):

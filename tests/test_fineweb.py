@@ -323,8 +323,15 @@ def test_ranks_lie_beside_the_shards_and_give_their_bytes(hub, tmp_path, monkeyp
         tokens = read_shard(out / f"fineweb_{split}_000000.bin")[0].tolist()
         assert meta["splits"][f"{split}_000000"]["text_bytes"] == sum(
             len(ranks[token]) for token in tokens if token != BOS)
-    data = load_dataset(out, make_config("limited", train_tokens=1500, selection_tokens=0))
+    sizes = dict(train_tokens=1500, selection_tokens=0)
+    data = load_dataset(out, make_config("limited", **sizes))
     assert data.val_bytes == meta["splits"]["val_000000"]["text_bytes"]
+    assert data.hashes["ranks"] == hashlib.sha256((out / "ranks.tiktoken").read_bytes()).hexdigest()
+    assert data.meta["baseline"] and not data.notes
+    data = load_dataset(out, make_config("limited", eval_tokens=123, **sizes))
+    scored = read_shard(out / "fineweb_val_000000.bin")[0][:123].tolist()
+    assert data.val_bytes == sum(len(ranks[token]) for token in scored if token != BOS)
+    assert "baseline" not in data.meta and len(data.notes) == 1
     # with pattern and special token they are all that tiktoken needs
     ours = tiktoken.Encoding("ours", pat_str=meta["pattern"],
                              mergeable_ranks={text: token for token, text in ranks.items()},

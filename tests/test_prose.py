@@ -184,7 +184,9 @@ def test_building_writes_a_sound_dataset_and_keeps_its_baseline(tmp_path, monkey
     config = make_config("cpu", train_tokens=entries["train_000000"]["tokens"],
                          selection_tokens=0, final_mixture="uniform")
     data = load_dataset(out, config)
-    token_bytes, _ = read_ranks(out, data.meta)
+    assert data.val_bytes == entries["val_000000"]["text_bytes"]
+    token_bytes, sha256 = read_ranks(out, data.meta)
+    assert data.hashes["ranks"] == sha256 == data.meta["ranks_sha256"]
     for split, documents in (("train", data.train), ("holdout", data.scored["holdout"])):
         texts = [b"".join(token_bytes[token] for token in document[1:].tolist()).decode()
                  for document in documents]

@@ -3,8 +3,10 @@
     python -m pytest tests/test_report.py
 """
 import base64
+import hashlib
 import json
 import math
+import os
 import re
 from types import SimpleNamespace
 
@@ -15,9 +17,10 @@ import torch
 import train_gpt
 from helpers import (
     BOS, SCRIPT, VOCAB, SlowModel, make_dataset, random_model, random_trainer, small_config)
+from sample import generate
 from train_gpt import (
     TRACKS, Log, Member, UserError, announce, as_text, collect_state, data_efficiency,
-    equivalent_tokens, generate, hardware_name, load_dataset, member_facts, minutes,
+    equivalent_tokens, estimate, hardware_name, load_dataset, member_facts, minutes,
     num_parameters, peak_flops, percent, read_ranks, restore_state, result_lines, summarize)
 
 # ==== Data efficiency ===========================================================================
@@ -71,9 +74,10 @@ CURVE = [{"n": 1, "val_loss": 3.25, "holdout_loss": 3.5, "val_loss_learned": 3.1
 MEMBERS = [{"val_loss": 3.25}, {"val_loss": 3.0625}]
 
 
-def summary(mixture="ngram", bytes_per_token=4.0, curve=CURVE):
-    """A result with all that result_lines reads; an n-gram scores 4 tokens."""
-    data = SimpleNamespace(bytes_per_token={"val": bytes_per_token}, meta={}, hashes={"f": "0"})
+def summary(mixture="ngram", val_bytes=16, curve=CURVE):
+    """A result with all that result_lines reads; 4 targets, of 5 tokens, are scored."""
+    val = [np.array([BOS, 1, 2], np.uint16), np.array([BOS, 3], np.uint16)]
+    data = SimpleNamespace(val_bytes=val_bytes, scored={"val": val}, meta={}, hashes={"f": "0"})
     logp = np.log(np.array([0.5, 0.25, 0.25, 0.5]))
     others = {"ngram": SimpleNamespace(logp={"val": logp, "holdout": logp[:2]})}
     config = small_config(final_mixture=mixture, ngram_order=2)
@@ -93,7 +97,7 @@ def test_summary_has_the_declared_mixture_of_all_members(mixture, losses):
     assert result["others"]["ngram"] == {"val_loss": pytest.approx(1.5 * math.log(2)),
                                          "holdout_loss": pytest.approx(1.5 * math.log(2))}
     assert (result["members"], result["ensemble"]) == (MEMBERS, CURVE)
-    assert summary(mixture, bytes_per_token=0)["val_bpb"] is None
+    assert summary(mixture, val_bytes=None)["val_bpb"] is None
 
 
 def test_result_lines_by_hand():
@@ -257,7 +261,7 @@ def test_plan_by_hand(small, tmp_path, capsys):
     flops, = set(trainer.flops.values())
     plan = [line for line in lines if not re.match("settings| {10}", line)]
     assert plan[:4] == [
-        "track     cpu: 1 model(s) x 3 epochs, kd_alpha 0.25 from member 2 on",
+        "track     cpu: 1 model(s) x 3 epochs",         # alone it has no teacher
         f"data      {config.dataset}: 600 tokens an epoch in 12 documents; selection 100,"
         " val 400, holdout 400",
         f"model     {parameters / 1e6:.4g}M parameters, {blocks / 1e6:.4g}M of them in 4 blocks"
@@ -265,8 +269,36 @@ def test_plan_by_hand(small, tmp_path, capsys):
         "steps     38 a member, of 4 rows x 12 = 48 tokens; 1 process(es), micro-batches of"
         " 4 row(s)"]
     assert plan[4].startswith(f"machine   {hardware_name(torch.device('cpu'))}; torch ")
-    assert plan[5:] == [f"folder    {tmp_path / 'run'}", "data      2 documents left out",
+    assert plan[5].startswith("estimate  train 0:00 if it makes ")
+    assert plan[6:] == [f"folder    {tmp_path / 'run'}", "data      2 documents left out",
                         "compile   off: a note", ""]
+
+
+def test_plan_names_the_first_distilled_member(small, tmp_path, capsys):
+    for number, (kd_from, first) in enumerate(((1, 2), (2, 2), (3, 3))):
+        trainer = random_trainer(kd_alpha=0.25, kd_from=kd_from, num_models=4)
+        announced(trainer, small[1], tmp_path / f"run{number}")
+        assert f"4 model(s) x 2 epochs, kd_alpha 0.25 from member {first} on\n" in (
+            capsys.readouterr().out)
+
+
+def test_estimate_by_hand(monkeypatch):
+    """FLOPs of all members at an assumed speed; 16 bytes a parameter against the memory."""
+    trainer = random_trainer(num_models=2, kd_alpha=0.5)
+    flops, = set(trainer.flops.values())
+    tokens = 10 ** 9
+    total = (2 * flops + trainer.teacher_flops) * trainer.config.num_epochs * tokens
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    memory = {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 2 ** 30}
+    monkeypatch.setattr(os, "sysconf", memory.get)
+    seconds = int(total / (4 * train_gpt.CPU_FLOPS))
+    line = estimate(trainer, tokens)
+    assert line.startswith(f"estimate  train {seconds // 60}:{seconds % 60:02d} if it makes 0.2 T")
+    assert line.endswith(" of 10 GiB")
+    memory["SC_PAGE_SIZE"] = num_parameters(trainer.model)
+    assert estimate(trainer, tokens).endswith(": TOO MUCH")
+    memory["SC_PHYS_PAGES"] = 16
+    assert not estimate(trainer, tokens).endswith(": TOO MUCH")
 
 
 @pytest.mark.parametrize("track", TRACKS)
@@ -308,7 +340,8 @@ def test_ranks_give_bytes(name, meta, tmp_path):
     texts = {0: b"a", 7: b" b\n", 300: "é".encode()[:1]}
     lines = [f"{base64.b64encode(text).decode()} {rank}\n" for rank, text in texts.items()]
     (tmp_path / name).write_text("".join(lines))
-    assert read_ranks(tmp_path, meta) == texts
+    sha256 = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    assert read_ranks(tmp_path, meta) == (texts, sha256)
 
 
 @pytest.mark.parametrize("text", [None, "YQ==", "YQ== 1 2", "YQ== one", "Y 1", "\n"])

@@ -8,12 +8,13 @@ import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
 
+import numpy as np
 import pytest
 import torch
 
 import train_gpt
 from helpers import SCRIPT, TOY, have_gpus, main, python
-from train_gpt import (FIELDS, TRACKS, UserError, as_text, check_combinations, check_ranges,
+from train_gpt import (FIELDS, TRACKS, Rows, UserError, as_text, check_combinations, check_ranges,
                        is_distilled, make_config, micro_batch_rows, opt, parse, parse_arguments,
                        parse_schedule, planned_flops, stage_at, step_flops)
 
@@ -138,8 +139,19 @@ def test_arguments_are_fields_and_texts():
     assert parse_arguments(given) == {"seed": "3", "run_id": "a=b", "dataset": "",
                                       "no_field": "x"}
     assert parse_arguments([]) == {}
-    with pytest.raises(UserError, match="--seed is given twice: 3 and 4"):
-        parse_arguments([*given, "--seed=4"])
+
+
+@pytest.mark.parametrize("one, two", [("3", "4"), ("3", "3"), ("", "4"), ("a=b", "")])
+def test_a_field_that_is_given_twice_is_refused(one, two, capsys):
+    """Also with the same value, or with none: which is meant cannot be known."""
+    given = [f"--run_id={one}", "--seed=5", f"--run_id={two}"]
+    with pytest.raises(UserError) as error:
+        parse_arguments(given)
+    assert str(error.value) == f"--run_id is given twice: {one} and {two}"
+    for command in ([], ["check"]):
+        assert train_gpt.main([*command, "--track=cpu", *TOY, *given]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.split()) == ("", ["error:", *str(error.value).split()])
 
 
 @pytest.mark.parametrize("argument", ["--seed", "seed=3", "-seed=3", "3", "", "--"])
@@ -264,6 +276,9 @@ def refused(tmp_path):
     (["--selection_tokens=9000"], ["--selection_tokens=9000", "more than half", "lower"]),
     (["--selection_tokens=4600"], ["--selection_tokens=4600", "more than half", "lower"]),
     (["--model_dim=16"], ["--model_dim=16", "from 32"]),
+    (["--train_tokens=1"], ["--train_tokens=1", "from 2"]),
+    (["--train_tokens=2", "--selection_tokens=1"], ["2 of the 2 tokens", "only 0 works"]),
+    (["--subset_fraction=0.5"], ["field 'subset_fraction'"]),
     (["--loop_start=0", "--loop_count=2", "--loop_from_epoch=9", "--num_epochs=9"],
      ["--loop_from_epoch=9", "--num_epochs=9", "--loop_count=1"]),
     (["--kd_from=5", "--num_models=4"], ["--kd_from=5", "--num_models=4", "--kd_alpha=0"]),
@@ -293,26 +308,63 @@ def test_plans_that_can_be_meant():
 
 @pytest.mark.parametrize("track", TRACKS)
 def test_toy_starts_on_many_processes(track):
+    config = make_config(track, preset="toy")
     for world_size in (1, 2, 4, 8):
-        assert micro_batch_rows(make_config(track, preset="toy"), world_size) >= 1
+        assert micro_batch_rows(config, world_size) >= 1
+        for member in range(1, config.num_models + 1):
+            assert config.rows_of(member) % world_size == 0
+
+
+@pytest.mark.parametrize("alpha, first, taught", [
+    (0.0, 2, []), (0.5, 2, [2, 3, 4]), (0.5, 3, [3, 4]), (0.5, 1, [2, 3, 4]), (1.0, 5, [])])
+def test_members_that_have_a_teacher(alpha, first, taught):
+    """Those from kd_from on, never the first."""
+    config = replace(make_config("cpu"), kd_alpha=alpha, kd_from=first)
+    assert [number for number in range(1, 5) if is_distilled(config, number)] == taught
+
+
+def flops_of_all_steps(config, tokens, number):
+    """Of a member: each step in its stage, with the teacher's forward; the last one is not full."""
+    by_stage, teacher = step_flops(config)
+    rows = Rows([np.zeros(tokens, np.uint16)], config.seq_len, config.rows_of(number),
+                config.num_epochs, 0, 0)
+    left, total = rows.total_rows, 0.0
+    for step in range(rows.num_steps):
+        a_token = by_stage[stage_at(list(by_stage), step / rows.num_steps)]
+        if config.kd_alpha and number > 1 and number >= config.kd_from:
+            a_token += teacher
+        total += a_token * min(left, rows.batch_rows) * rows.seq_len
+        left -= rows.batch_rows
+    return total
 
 
 @pytest.mark.parametrize("track", TRACKS)
 def test_planned_flops_are_those_of_all_steps(track):
-    """Stages, and a teacher where there is one; the last step may not be full."""
-    tokens = 50_000_001
     config = make_config(track)
-    flops, teacher = step_flops(config)
+    tokens = config.train_tokens - config.selection_tokens
     planned = planned_flops(config, tokens)
     assert len(planned) == config.num_models
-    for number in {1, 2, config.kd_from, config.num_models} & set(range(1, len(planned) + 1)):
-        a_step = config.rows_of(number) * config.seq_len
-        steps = math.ceil(tokens * config.num_epochs / a_step)
-        total = sum(flops[stage_at(list(flops), step / steps)] for step in range(steps)) * a_step
-        if config.kd_alpha and number >= config.kd_from:
-            assert is_distilled(config, number)
-            total += steps * a_step * teacher
-        assert planned[number - 1] == pytest.approx(total, rel=0.005)
+    plans = {}          # what members cost that train alike
+    for number, found in enumerate(planned, 1):
+        plan = config.rows_of(number), config.kd_alpha and 1 < number >= config.kd_from
+        if plan not in plans:
+            plans[plan] = flops_of_all_steps(config, tokens, number)
+        assert found == pytest.approx(plans[plan], rel=0.005), number
+
+
+@pytest.mark.parametrize("changes", [
+    dict(kd_alpha=0.5, kd_from=3), dict(loop_count=2, loop_end=2, loop_from_epoch=3),
+    dict(recurrence_from=0.7), dict(window_schedule=((0, 0.125, 0.25), (0.3, 0.5, 1)))], ids=str)
+def test_planned_flops_see_what_a_plan_changes(changes):
+    """With steps that are full and stages that end with one, to the digit."""
+    off = dict(seq_len=256, batch_rows=8, edge_batch_rows=0, num_epochs=8, num_models=3,
+               kd_alpha=0, window_schedule=(), loop_count=1, recurrence_from=0)
+    plain, config = (make_config("cpu", **{**off, **more}) for more in ({}, changes))
+    tokens = 20 * 8 * 256 + 1
+    found = planned_flops(config, tokens)
+    assert found == pytest.approx([flops_of_all_steps(config, tokens, number)
+                                   for number in (1, 2, 3)], rel=1e-4)
+    assert found[2] != pytest.approx(planned_flops(plain, tokens)[2], rel=1e-3)
 
 
 def test_batch_that_processes_cannot_share(refused, monkeypatch):
