@@ -561,16 +561,16 @@ def load_dataset(folder, config):
     splits, hashes = {}, {}
     for split in ("train", "val", "holdout"):
         splits[split] = []
-        shards = {"_".join(path.stem.split("_")[-2:]): path
-                  for path in folder.glob(f"*_{split}_*.bin")}
-        for key in sorted({*shards, *(key for key in listed if key.startswith(f"{split}_"))}):
+        shards = [("_".join(path.stem.split("_")[-2:]), path)
+                  for path in sorted(folder.glob(f"*_{split}_*.bin"))]
+        shards += [(key, None) for key in listed
+                   if key.startswith(f"{split}_") and key not in dict(shards)]
+        for key, path in sorted(shards, key=lambda shard: shard[0]):
             if split == "train" and count_tokens(splits[split]) >= config.train_tokens:
                 break
-            if key not in shards:
-                raise UserError(f"{folder}: {key}, which meta.json lists, is missing; fetch or"
-                                " build the dataset again")
-            tokens, bos, sha256 = read_shard(shards[key], config.vocab_size, listed.get(key))
-            hashes[shards[key].name] = sha256
+            if path is None:
+                raise UserError(f"{folder}: {key}, which meta.json lists, is missing; get it")
+            tokens, bos, hashes[path.name] = read_shard(path, config.vocab_size, listed.get(key))
             splits[split] += split_documents(tokens, bos)
         if not splits[split]:
             script = folder.name if folder.name in ("prose", "fineweb") else "YOUR_SCRIPT"
@@ -583,7 +583,8 @@ def load_dataset(folder, config):
     scored = {"selection": selection} if selection else {}
     for split in ("val", "holdout"):
         scored[split] = cut_documents(splits[split], max(2, config.eval_tokens or math.inf))
-    if config.eval_tokens and meta.pop("baseline", None):
+    is_whole = count_tokens(scored["val"]) == count_tokens(splits["val"])
+    if not is_whole and meta.pop("baseline", None):
         notes.append("data      a part of val is scored: no data efficiency, whose curve is of all")
     ranks = {}
     with contextlib.suppress(UserError):        # without them bits per byte are n/a
@@ -621,7 +622,7 @@ def cut_selection(documents, config):
 
 def read_ranks(folder, meta):
     """({token: bytes}, SHA-256) of the ranks file of a dataset; UserError if there is none."""
-    path = folder / meta.get("ranks", "ranks.tiktoken")
+    path = folder / str(meta.get("ranks", "ranks.tiktoken"))
     try:
         content = path.read_bytes()
         lines = [line.split() for line in content.splitlines()]
@@ -632,8 +633,7 @@ def read_ranks(folder, meta):
 
 def count_bytes(documents, ranks, bos):
     """UTF-8 bytes of the text of `documents`; None if a token's are not in `ranks`."""
-    sizes = np.full(1 << 16, -1)
-    sizes[list(ranks)] = [len(text) for text in ranks.values()]
+    sizes = np.array([len(ranks[token]) if token in ranks else -1 for token in range(1 << 16)])
     sizes[bos] = 0
     counts = np.bincount(np.concatenate(documents), minlength=len(sizes))
     return None if counts[sizes < 0].any() else int(counts @ sizes)

@@ -144,7 +144,7 @@ def random_data(config, steps):
     tokens = random.integers(0, max(1, bos), count, dtype=np.uint16)
     tokens[random.random(count) < 1 / DOCUMENT] = bos
     tokens[0] = bos
-    return Dataset(Path(), split_documents(tokens, bos), {}, bos, {}, {}, {}, [])
+    return Dataset(Path(), split_documents(tokens, bos), {}, bos, {}, {}, None, [])
 
 
 class TimedTrainer(Trainer):
