@@ -96,7 +96,7 @@ def gpt2_tokens(bos_id):
         import tiktoken
         encoding = tiktoken.get_encoding("gpt2")
     except Exception as error:  # not installed, or its vocabulary neither cached nor reachable
-        print("without GPT-2's tokens bits per byte will be n/a, and runs end with no text:"
+        print("without GPT-2's tokens bits per byte will be n/a, and tools/sample.py writes no text:"
               f" tiktoken: {type(error).__name__}")
         return []
     return [encoding.decode_single_token_bytes(token) for token in range(bos_id)]
