@@ -50,12 +50,43 @@ export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1073741824}"
 # seconds that torchrun leaves its processes to save their state when it is told to stop, not 30
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
 
+# ---- GPUs: those that PyTorch can use; who has others must say that the CPU is meant
+count_gpus() {
+    gpus=0
+    nvidia-smi -L 2>/dev/null | grep '^GPU' > /dev/null || return 0
+    gpus=$($python -c 'import torch
+print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
+    [ "$gpus" = 0 ] || return 0
+    if [ -z "${CUDA_VISIBLE_DEVICES+set}" ] && [[ " $* " != *" --device=cpu "* ]]; then
+        driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | sed -n 1p)
+        cuda=$(nvidia-smi | sed -n 's/.*CUDA Version: *\([0-9.]*\).*/\1/p')
+        built=$($python -c 'import torch; print(torch.version.cuda)')
+        fail "PyTorch cannot use the GPUs that nvidia-smi lists: driver $driver is for CUDA ${cuda:-?},\
+ this PyTorch for CUDA $built; install a newer driver or another PyTorch (see README), or go on\
+ without GPUs: --device=cpu"
+    fi
+    export CUDA_VISIBLE_DEVICES=""
+}
+
+launch() {      # on $1 processes: a script and its arguments
+    processes=$1
+    shift
+    [ "$processes" -gt 1 ] || exec $python "$@"
+    exec $python -m torch.distributed.run --standalone --nproc_per_node="$processes" "$@"
+}
+
 case "$command" in
     train) ;;
     check) exec $python train_gpt.py check "$@" ;;
     test)
         install tests/requirements.txt
         exec $python -m pytest -q -n auto --dist=loadfile "$@" tests ;;
+    bench)      # on as many processes as a run: the largest power of two of the GPUs
+        count_gpus "$@"
+        processes=1
+        [[ " $* " == *" --device=cpu "* ]] ||
+            while [ $((2 * processes)) -le "$gpus" ]; do processes=$((2 * processes)); done
+        launch "$processes" tools/bench.py "$@" ;;
     *)
         [ "$command" != plot ] || install tools/requirements.txt
         exec $python "tools/$command.py" "$@" ;;
@@ -63,18 +94,20 @@ esac
 
 # ---- train: the script says on how many processes, after a look at settings and data
 case " $* " in *" --help "*|*" -h "*) exec $python train_gpt.py --help ;; esac
-gpus=0
-if nvidia-smi -L 2>/dev/null | grep '^GPU' > /dev/null; then
-    gpus=$($python -c 'import torch; print(int(torch.cuda.is_available()))')
-    [ "$gpus" -gt 0 ] || [ -n "${CUDA_VISIBLE_DEVICES+set}" ] ||
-        echo "warning: PyTorch cannot use the GPUs that nvidia-smi lists (driver too old?)" >&2
-    [ "$gpus" -gt 0 ] || export CUDA_VISIBLE_DEVICES=""
-fi
+count_gpus "$@"
+case "$gpus $* " in
+    0*" --device="*|0*" --preset=toy "*) ;;
+    0*" --track=mini "*|0*" --track=tiny "*|0*" --track=limited "*|0*" --track=two_hour "*|\
+    0*" --track=unlimited "*)
+        $python tools/plan.py "$@" || exit $?
+        fail "a track for GPUs, and PyTorch finds none here (the plan is above); take --track=cpu or\
+ --preset=toy, or insist with --device=cpu" ;;
+esac
 # without a GPU the track is cpu, whose data is here: nothing has to be asked
-case "$gpus $* " in 0*--track=*|0*--dataset=*|1*) ;; *) exec $python train_gpt.py "$@" ;; esac
+case "$gpus $* " in 0*--track=*|0*--dataset=*|[1-9]*) ;; *) exec $python train_gpt.py "$@" ;; esac
 if ! plan=$($python train_gpt.py check "$@" 2>&1); then
     case "$plan" in
-        *"python data/fineweb.py"*|*data/fineweb:*"get more"*) ;;
+        *data/fineweb:*"; get "*) ;;        # them, more, or a shard that is missing
         *) echo "$plan" >&2; exit 2 ;;
     esac
     fetch=(data/fineweb.py)
@@ -85,6 +118,4 @@ if ! plan=$($python train_gpt.py check "$@" 2>&1); then
 fi
 echo "$plan"
 processes=$(sed -n 's/^track .*, processes //p' <<< "$plan")
-[ "$processes" -gt 1 ] || exec $python train_gpt.py "$@"
-exec $python -m torch.distributed.run --standalone --nproc_per_node="$processes" \
-    train_gpt.py "$@"
+launch "$processes" train_gpt.py "$@"

@@ -18,7 +18,7 @@ STUB = """#!/bin/sh
 case " $* " in *version_info*)
     case " $OLD " in *" ${0##*/} "*) exit 1 ;; *) exit 0 ;; esac ;;
 esac
-case " $* " in *is_available*) echo "$USABLE"; exit ;; esac
+case " $* " in *is_available*) echo "$USABLE"; exit ;; *version.cuda*) echo 13.0; exit ;; esac
 { case "$0" in *.venv*) ;; *) printf '%s ' "${0##*/}" ;; esac
   for argument; do printf '<%s>' "$argument"; done; echo; } >> "$CALLS"
 [ "$2" != venv ] || { mkdir -p "$3/bin" && cp "$STUBS/python3" "$3/bin/python"; }
@@ -30,12 +30,15 @@ case " $* " in
 esac
 """
 NVIDIA_SMI = """#!/bin/sh
-printf '%s' "$GPUS"
-[ -n "$GPUS" ]
+case "$*" in
+    -L) printf '%s' "$GPUS"; [ -n "$GPUS" ] ;;
+    *driver_version*) echo 535.104; echo 535.104 ;;
+    *) echo "| NVIDIA-SMI 535.104    Driver Version: 535.104    CUDA Version: 12.2     |" ;;
+esac
 """
 PROGRAMS = ("bash", "sh", "dirname", "grep", "cmp", "rm", "cp", "mkdir", "sed", "ls", "xargs",
             "echo", "sleep")
-TOOLS = ("mix", "plot", "_shared")
+TOOLS = ("bench", "mix", "plan", "plot", "_shared")
 SET_UP = ["python3 <-m><venv><.venv>",
           "<-m><pip><install><--quiet><--disable-pip-version-check><-r><requirements.txt>"]
 
@@ -80,7 +83,7 @@ class Tree:
             (self.folder / "calls.missing").touch()
         environment = {
             "PATH": str(self.stubs), "STUBS": str(self.stubs), "CALLS": str(self.calls),
-            "GPUS": "GPU: NVIDIA H100\n  MIG 1g.10gb\n" * (gpus or 0), "USABLE": str(int(usable)),
+            "GPUS": "GPU: NVIDIA H100\n  MIG 1g.10gb\n" * (gpus or 0), "USABLE": str((gpus or 0) * usable),
             "PROCESSES": str(processes), "TRACK": track, "SAYS": missing or "", "FAIL": fail,
             "OLD": old, **environment}
         done = subprocess.run([self.home / "run.sh", *arguments], cwd=self.folder,
@@ -158,7 +161,7 @@ def test_help_needs_and_makes_no_environment(bare):
     for flag in ("--help", "-h"):
         assert bare(flag) == (0, "", ["python3 <train_gpt.py><--help>"])
         assert "./run.sh check [...]" in bare.output and "set -euo" not in bare.output
-        assert re.search(r"^TOOL is one of: .*\bmix plot$", bare.output, re.M)
+        assert re.search(r"^TOOL is one of: .*\bbench mix plan plot$", bare.output, re.M)
         assert not (bare.home / ".venv").exists()
 
 
@@ -205,12 +208,47 @@ def test_gpus_that_are_listed_slowly_are_found(tree):
     assert tree(gpus=2, processes=2, smi=slow) == (0, "", [script("check"), launched(2)])
 
 
-def test_gpus_that_pytorch_cannot_use_are_left_out_with_a_warning(tree):
-    code, err, calls = tree(gpus=2, usable=False)
-    assert (code, calls) == (0, [script()])
-    assert re.fullmatch("warning: [^\n]*nvidia-smi[^\n]*\n", err)
-    # who hides them knows it
-    assert tree(gpus=2, usable=False, CUDA_VISIBLE_DEVICES="") == (0, "", [script()])
+@pytest.mark.parametrize("arguments", [(), ("--track=cpu",), ("bench",), ("train", "--seed=2")],
+                         ids=str)
+def test_gpus_that_pytorch_cannot_use_stop_the_launch(arguments, tree):
+    """With the versions, of which one is too old; who hides the GPUs, or asks for the CPU, knows."""
+    code, err, calls = tree(*arguments, gpus=2, usable=False)
+    assert (code, calls) == (2, [])
+    assert re.fullmatch("error: [^\n]*nvidia-smi[^\n]*\n", err)
+    assert all(word in err for word in ("driver 535.104", "CUDA 12.2", "CUDA 13.0", "--device=cpu"))
+    arguments = [argument for argument in arguments if argument != "train"]
+    last = "<tools/bench.py>" if "bench" in arguments else script(*arguments)
+    for code, err, calls in (tree(*arguments, gpus=2, usable=False, CUDA_VISIBLE_DEVICES=""),
+                             tree(*arguments, gpus=2, usable=False, CUDA_VISIBLE_DEVICES="-1")):
+        assert (code, err, calls[-1]) == (0, "", last)
+    code, err, calls = tree(*arguments, "--device=cpu", gpus=2, usable=False)
+    assert (code, err, calls[-1]) == (0, "", last + "<--device=cpu>")
+
+
+@pytest.mark.parametrize("track", ["mini", "tiny", "limited", "two_hour", "unlimited"])
+def test_a_track_for_gpus_stops_where_there_is_none(track, tree):
+    """With its plan, before anything is downloaded; who insists, or wants a toy, goes on."""
+    arguments = [f"--track={track}", "--seed=2"]
+    for missing in (None, MISSING):
+        code, err, calls = tree(*arguments, track=track, missing=missing)
+        assert (code, calls) == (2, [f"<tools/plan.py><--track={track}><--seed=2>"])
+        assert re.fullmatch("error: a track for GPUs[^\n]*--device=cpu\n", err)
+    (tree.folder / "calls.missing").unlink()
+    for more in ("--device=cpu", "--device=mps", "--preset=toy"):
+        code, err, calls = tree(*arguments, more, track=track)
+        assert (code, err, calls[-1]) == (0, "", script(*arguments, more))
+    assert tree(*arguments, fail="tools/plan.py")[0] == 7
+    assert tree("check", *arguments, track=track)[0] == 0
+    assert tree(*arguments, gpus=1, track=track)[2][-1] == script(*arguments)
+
+
+@pytest.mark.parametrize("gpus, processes", [(0, 1), (1, 1), (2, 2), (3, 2), (8, 8)])
+def test_bench_takes_as_many_processes_as_a_run(gpus, processes, tree):
+    code, err, calls = tree("bench", "--track=tiny", gpus=gpus)
+    assert (code, err) == (0, "")
+    launcher = f"<-m><torch.distributed.run><--standalone><--nproc_per_node={processes}>"
+    assert calls == [launcher * (processes > 1) + "<tools/bench.py><--track=tiny>"]
+    assert tree("bench", "--device=cpu", gpus=gpus)[2] == ["<tools/bench.py><--device=cpu>"]
 
 
 def test_errors_of_what_is_launched_are_those_of_run_sh(tree):
@@ -240,10 +278,10 @@ def test_fineweb_is_fetched_where_it_is_missing(track, processes, fetch, tree):
 
 
 def test_fineweb_is_fetched_for_a_track_that_is_named_without_a_gpu(tree):
-    for argument in ("--track=mini", "--dataset=data/fineweb"):
-        code, err, calls = tree(argument, track="mini", missing=MISSING)
+    for arguments in (["--track=mini", "--device=cpu"], ["--dataset=data/fineweb"]):
+        code, err, calls = tree(*arguments, track="mini", missing=MISSING)
         assert (code, err, len(calls)) == (0, "", 4)
-        assert calls[1].startswith("<data/fineweb.py>") and calls[3] == script(argument)
+        assert calls[1].startswith("<data/fineweb.py>") and calls[3] == script(*arguments)
 
 
 def test_fetching_that_fails_ends_it(tree):
@@ -309,6 +347,14 @@ def test_tools_are_run_by_name(tree):
     calls = tree("plot", "runs/a")[2]
     assert calls[0].endswith("<-r><tools/requirements.txt>") and calls[1:] == [
         "<tools/plot.py><runs/a>"]
+
+
+def test_plot_has_what_it_needs_after_requirements_changed(tree):
+    tree("plot", "runs/a")
+    (tree.home / "requirements.txt").write_text("torch==0\n")
+    calls = tree("plot", "runs/a")[2]
+    assert calls[:2] == SET_UP and calls[2].endswith("<-r><tools/requirements.txt>")
+    assert calls[3:] == ["<tools/plot.py><runs/a>"]
 
 
 def test_what_tools_share_is_no_tool(tree):
