@@ -18,7 +18,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -32,17 +31,17 @@ for needed in (ROOT, ROOT / "data"):        # for who runs this as a script
     sys.path.insert(0, str(needed))
 
 import train_gpt  # noqa: E402
-from helpers import make_dataset  # noqa: E402
+from helpers import last_of_each, make_dataset  # noqa: E402
 
 SMALL = ["--preset=toy", "--device=cpu", "--dtype=float32", "--vocab_size=100", "--seq_len=32",
          "--train_tokens=1500", "--selection_tokens=200", "--eval_tokens=0", "--model_dim=32",
          "--ngram_order=0", "--final_mixture=learned", "--run_id=run"]
 # three members, each perturbed and distilled from the one before, with dropout, so that every
 # kind of state matters: weights, optimizer, averages, random generators, and the teacher; a state
-# is due at every reading of the loss
+# is due at every step
 RUN = [*SMALL, "--track=cpu", "--num_models=3", "--kd_alpha=0.5", "--continue_members=true",
        "--average=weights", "--average_epochs=2", "--num_epochs=2", "--num_layers=2",
-       "--batch_rows=8", "--dropout=0.1", "--log_steps=2", "--save_minutes=0.00001"]
+       "--batch_rows=8", "--dropout=0.1", "--log_steps=1", "--save_minutes=0.00001"]
 VARIANTS = ([], ["--average=probs", "--continue_members=false"])
 LIMIT = 120         # seconds that a launch may take
 
@@ -125,10 +124,7 @@ def run_child(arguments, launcher, console, moments):
         torch.set_num_threads = ignore
         if moments is not None:
             die_after(moments)
-        code = train_gpt.main(list(arguments))
-        for thread in set(threading.enumerate()) - {threading.current_thread()}:
-            if not thread.daemon:
-                thread.join()
+        code = train_gpt.main(last_of_each(arguments))
     except BaseException:
         traceback.print_exc()
     finally:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -78,10 +79,21 @@ def have_gpus(monkeypatch, count, memory=80e9):
                         lambda device: SimpleNamespace(total_memory=memory))
 
 
+@contextlib.contextmanager
+def kept_handlers():
+    """Within: a run may handle signals in its own way, for good; afterwards all is as before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(*arguments):
     """(exit code, stdout, stderr) of train_gpt.main in this process."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), kept_handlers():
         code = train_gpt.main(last_of_each(arguments))
     return code, out.getvalue(), err.getvalue()
 
@@ -111,6 +123,13 @@ def losses(run):
                for m in run.result["members"]]
     return [[(m["train_loss"], m["kl"]) for m in run.steps], members,
             [point["val_loss"] for point in run.result["ensemble"]]]
+
+
+def flat(value):
+    """All that lists and tuples hold, within others too, as one list."""
+    if not isinstance(value, (list, tuple)):
+        return [value]
+    return [x for part in value for x in flat(part)]
 
 
 def saved_logps(run):

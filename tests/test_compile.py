@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import train_gpt
-from helpers import losses, needs_compiler, train
+from helpers import flat, losses, needs_compiler, train
 
 # members with a teacher and without, two stages, a last batch that is not full
 SETTINGS = ["--track=cpu", "--num_models=3", "--window_schedule=0:0.25:0.5,0.5:0.5:1",
@@ -32,10 +32,6 @@ def runs(tmp_path_factory):
     compiled = train(folder, *SETTINGS, "--compile=true", "--compile_model=true")
     patch.undo()
     return eager, compiled, graphs
-
-
-def flat(value):
-    return [x for part in value for x in flat(part)] if isinstance(value, (list, tuple)) else [value]
 
 
 def test_compiled_run_has_the_losses_of_the_eager_one(runs):

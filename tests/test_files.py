@@ -4,25 +4,24 @@
 """
 import json
 import os
+import re
 import shutil
 import signal
-import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import losses, main, make_dataset, randn, read_run
+from helpers import CPU, flat, kept_handlers, losses, main, make_dataset, randn, read_run
 from safetensors.torch import load_file, save_file
 
 import train_gpt
 from train_gpt import (
-    FIELDS, FREE, Log, States, UserError, as_text, claim, digest, identify, make_config,
-    random_state, read_tensors, remembered_signals, set_random_state, source_files, write_json,
-    write_tensors, write_whole)
+    FIELDS, FREE, Log, Runtime, States, UserError, as_text, begun_dtype, claim, digest, identify,
+    make_config, random_state, read_tensors, remember_signals, set_random_state, source_files,
+    write_json, write_tensors, write_whole)
 
-CPU = torch.device("cpu")
 TENSORS = {"a": torch.arange(9.0).view(3, 3), "b": torch.ones(3, dtype=torch.int8)}
 FACTS = {"step": 3}
 
@@ -125,10 +124,12 @@ def sound(tmp_path_factory):
 
 
 def assert_refused(path):
-    """In one line that names the file, and by a UserError."""
+    """In one line that names the file and says what to do, by a UserError."""
     with pytest.raises(UserError) as error:
         read_tensors(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    line = str(error.value)
+    assert line.startswith(f"{path}: damaged (") and "\n" not in line
+    assert line.endswith("; delete it, and the run trains again what it held")
 
 
 def test_every_flipped_bit_is_found(sound, tmp_path):
@@ -242,7 +243,7 @@ def test_a_run_under_way_is_refused_and_a_stale_lock_taken(tmp_path):
     reader, writer = os.pipe()
 
     def hold():
-        _, _, _, lock = claim(toy(tmp_path), {}, True)
+        *_, lock = claim(toy(tmp_path), {}, True)
         os.write(writer, b"held")
         signal.pause()
         return lock
@@ -254,7 +255,7 @@ def test_a_run_under_way_is_refused_and_a_stale_lock_taken(tmp_path):
             claim(toy(tmp_path), {}, True)
         assert str(tmp_path / "run") in str(error.value) and "under way" in str(error.value)
         assert "\n" not in str(error.value)
-        folder, had_run, _, lock = claim(replace(toy(tmp_path), run_id="other"), {}, True)
+        folder, had_run, *_, lock = claim(replace(toy(tmp_path), run_id="other"), {}, True)
         assert (folder, had_run) == (tmp_path / "other", False)
         lock.close()
     finally:
@@ -263,15 +264,15 @@ def test_a_run_under_way_is_refused_and_a_stale_lock_taken(tmp_path):
         os.close(reader)
         os.close(writer)
     assert (tmp_path / "run/lock").exists()
-    folder, had_run, changes, lock = claim(toy(tmp_path), {}, True)
-    assert (folder, had_run, changes) == (tmp_path / "run", True, [])
+    *facts, lock = claim(toy(tmp_path), {}, True)
+    assert facts == [tmp_path / "run", True, [], []]
     lock.close()
 
 
 def test_a_run_without_a_name_gets_one(tmp_path):
-    folder, had_run, changes, lock = claim(replace(toy(tmp_path), run_id="", seed=7), {}, True)
+    folder, *facts, lock = claim(replace(toy(tmp_path), run_id="", seed=7), {}, True)
     lock.close()
-    assert folder.parent == tmp_path and not had_run and not changes
+    assert folder.parent == tmp_path and facts == [False, [], []]
     assert folder.name.startswith("cpu_2") and folder.name.endswith("_seed7")
 
 
@@ -283,7 +284,7 @@ HASHES = {"small_train_000000.bin": "1" * 64, "small_val_000000.bin": "2" * 64}
 def begun(tmp_path):
     """(config, folder) of a run that has begun, and is finished as far as identify knows."""
     config = toy(tmp_path, ngram_order=2)
-    assert identify(config, tmp_path, HASHES) == (False, [])
+    assert identify(config, tmp_path, HASHES) == (False, [], [])
     write_json(tmp_path / "result.json", {})
     return config, tmp_path
 
@@ -311,8 +312,20 @@ def refusal(config, folder, hashes=HASHES):
 
 def test_the_same_settings_go_on(begun):
     config, folder = begun
-    assert identify(config, folder, HASHES) == (True, [])
+    assert identify(config, folder, HASHES) == (True, [], [])
     assert (folder / "result.json").exists()
+
+
+def test_a_run_holds_its_settings_its_hashes_and_what_changed(begun):
+    """And nothing else: no version of a format."""
+    config, folder = begun
+    fields = {name: as_text(getattr(config, name)) for name in FIELDS if name not in FREE}
+    held = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert {name: held.pop(name) for name in fields} == fields
+    assert {name: held.pop(name) for name in HASHES} == HASHES
+    assert held.pop("changes") == []
+    assert set(held) == {"train_gpt.py", "data/ngram.py"} and all(
+        len(value) == 64 for value in held.values())
 
 
 def test_every_field_that_is_not_free_is_compared(begun):
@@ -329,7 +342,8 @@ def test_every_field_that_is_not_free_is_compared(begun):
 def test_free_fields_are_not_compared(begun):
     config, folder = begun
     other = replace(config, **{name: another(config, name) for name in FREE})
-    assert identify(other, folder, HASHES) == (True, [])
+    assert {"device_batch_size", "loss_chunk", "save_minutes"} < {*FREE}
+    assert identify(other, folder, HASHES) == (True, [], [])
     assert (folder / "result.json").exists()
 
 
@@ -344,15 +358,35 @@ def test_other_data_are_refused(hashes, words, begun):
     assert all(word in line for word in words) and "small_train" not in line
 
 
+def edit_source(config, name, folder, monkeypatch):
+    """As if the source file `name` had one more comment."""
+    sources = source_files(config)
+    edited = folder / "source.py"
+    edited.write_text(sources[name].read_text(encoding="utf-8") + "# a comment\n")
+    monkeypatch.setattr(train_gpt, "source_files", lambda config: sources | {name: edited})
+
+
 @pytest.mark.parametrize("name", ["train_gpt.py", "data/ngram.py"])
 def test_an_edited_source_is_refused(name, begun, tmp_path_factory, monkeypatch):
     config, folder = begun
-    sources = source_files(config)
-    edited = tmp_path_factory.mktemp("edited") / "source.py"
-    edited.write_text(sources[name].read_text(encoding="utf-8") + "# a comment\n")
-    monkeypatch.setattr(train_gpt, "source_files", {config: sources | {name: edited}}.get)
+    (folder / "result.json").unlink()
+    edit_source(config, name, tmp_path_factory.mktemp("edited"), monkeypatch)
     line = refusal(config, folder)
     assert f"{name}=" in line and line.count("(was ") == 1
+
+
+@pytest.mark.parametrize("insists", [False, True])
+def test_the_result_of_an_edited_source_stays(insists, begun, tmp_path_factory, monkeypatch):
+    """A finished run is shown; one that would be trained further is refused."""
+    config, folder = begun
+    edit_source(config, "train_gpt.py", tmp_path_factory.mktemp("edited"), monkeypatch)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    config = replace(config, allow_changed=insists)
+    had_run, (line,), history = identify(config, folder, HASHES)
+    assert had_run and line.startswith("changed   train_gpt.py=") and history == []
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    if not insists:
+        assert "num_models=" in refusal(replace(config, num_models=9), folder)
 
 
 def test_the_source_of_an_ngram_is_compared_where_there_is_one():
@@ -367,24 +401,86 @@ def test_who_insists_goes_on_with_a_list_of_changes(begun):
     config, folder = begun
     other = replace(config, embed_lr=0.5, seed=config.seed + 1, allow_changed=True)
     assert "embed_lr" in refusal(replace(other, allow_changed=False), folder)
-    had_run, changes = identify(other, folder, HASHES | {"small_val_000000.bin": "3" * 64})
+    (folder / "members").mkdir()
+    for name in ("001", "001.logp", "002"):         # of the second the scores are not there yet
+        (folder / f"members/{name}.safetensors").touch()
+    had_run, changes, history = identify(other, folder,
+                                         HASHES | {"small_val_000000.bin": "3" * 64})
     assert had_run and len(changes) == 3 and all(line.startswith("changed  ") for line in changes)
+    assert history == [line.removeprefix("changed   ") + ", with 1 member(s) done"
+                       for line in changes]
     assert f"embed_lr=0.5 (was {as_text(config.embed_lr)})" in " ".join(changes)
     assert not (folder / "result.json").exists()        # it was of the other settings
     # from here on these are the settings of the run
+    shutil.rmtree(folder / "members")
     assert "embed_lr" in refusal(config, folder)
     assert identify(replace(other, allow_changed=False), folder,
-                    HASHES | {"small_val_000000.bin": "3" * 64}) == (True, [])
+                    HASHES | {"small_val_000000.bin": "3" * 64}) == (True, [], history)
+    again = replace(other, embed_lr=0.25)
+    *_, longer = identify(again, folder, HASHES | {"small_val_000000.bin": "3" * 64})
+    assert longer == [*history, "embed_lr=0.25 (was 0.5), with 0 member(s) done"]
+    assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["changes"] == longer
 
 
-@pytest.mark.parametrize("version", [None, "1", "999"])
-@pytest.mark.parametrize("insists", [False, True])
-def test_a_folder_of_another_format_is_refused(version, insists, begun):
+def test_fields_of_another_version_are_named(begun):
+    """A run of an earlier script: with fields that are gone, or without those that are new."""
     config, folder = begun
-    facts = json.loads((folder / "run.json").read_text())
-    del facts["format"]
-    (folder / "run.json").write_text(json.dumps(facts | ({"format": version} if version else {})))
-    assert "another version" in refusal(replace(config, allow_changed=insists), folder)
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    del facts["changes"], facts["head_lr"]
+    write_json(folder / "run.json", facts | {"format": "1", "subset_fraction": "0.5"})
+    line = refusal(config, folder)
+    assert "format=gone (was 1)" in line and "subset_fraction=gone (was 0.5)" in line
+    assert f"head_lr={as_text(config.head_lr)} (was None)" in line and line.count("(was ") == 3
+    _, changes, history = identify(replace(config, allow_changed=True), folder, HASHES)
+    assert len(changes) == len(history) == 3
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"seed": 1', "\0"])
+def test_a_torn_run_json_is_one_line(text, tmp_path):
+    config = toy(tmp_path, dtype="auto")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text(text)
+    assert begun_dtype(config) == "auto"
+    with pytest.raises(UserError) as error:
+        claim(config, HASHES, True)
+    assert "\n" not in str(error.value)
+
+
+# ---- dtype ----
+
+def test_auto_stays_the_dtype_that_a_run_was_begun_with(tmp_path):
+    """Whatever this machine would choose; a dtype that is typed is compared as other fields are."""
+    auto = toy(tmp_path, dtype="auto")
+    assert begun_dtype(auto) == "auto"                          # nothing has begun
+    *_, lock = claim(replace(auto, dtype="bfloat16"), HASHES, True)
+    lock.close()
+    assert begun_dtype(auto) == "bfloat16"
+    assert begun_dtype(replace(auto, run_id="")) == "auto"      # a new run
+    assert begun_dtype(replace(auto, dtype="float32")) == "float32"
+    with pytest.raises(UserError, match=r"dtype=float32 \(was bfloat16\)"):
+        claim(replace(auto, dtype="float32"), HASHES, True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_processes_of_another_dtype_are_refused(dtype, tmp_path, monkeypatch):
+    """The first one says what it computes in; a machine of another kind would do it otherwise."""
+    config = replace(toy(tmp_path), dtype="bfloat16")
+    said = []
+    monkeypatch.setattr(train_gpt.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train_gpt.dist, "broadcast_object_list", said.extend)
+    *facts, lock = claim(config, HASHES, True)
+    lock.close()
+
+    def hear(answer):
+        answer[:] = said
+
+    monkeypatch.setattr(train_gpt.dist, "broadcast_object_list", hear)
+    other = replace(config, dtype=dtype)
+    if dtype == "bfloat16":
+        assert claim(other, HASHES, False) == (*facts, None)
+    else:
+        with pytest.raises(UserError, match="compute in bfloat16 and in float32; .*--dtype"):
+            claim(other, HASHES, False)
 
 
 @pytest.mark.parametrize("changes, is_refused", [
@@ -395,10 +491,10 @@ def test_a_larger_number_of_members_alone_extends(changes, is_refused, begun):
     if is_refused:
         assert "num_models=" in refusal(longer, folder)
     else:
-        had_run, lines = identify(longer, folder, HASHES)
-        assert had_run and len(lines) == 1 and "num_models=" in lines[0]
+        had_run, (line,), history = identify(longer, folder, HASHES)
+        assert had_run and "num_models=" in line
         assert not (folder / "result.json").exists()
-        assert identify(longer, folder, HASHES) == (True, [])
+        assert identify(longer, folder, HASHES) == (True, [], history)
         assert "num_models=" in refusal(config, folder)
 
 
@@ -469,6 +565,28 @@ def test_a_finished_run_shows_its_table_and_trains_nothing(runs, finished, monke
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("arguments", [[], ["--allow_changed=true"]], ids=str)
+def test_a_finished_run_of_another_source_is_shown_and_kept(arguments, runs, finished,
+                                                            tmp_path_factory, monkeypatch):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    edit_source(make_config("cpu"), "train_gpt.py", tmp_path_factory.mktemp("edited"), monkeypatch)
+    monkeypatch.setattr(train_gpt, "Trainer", never)
+    code, out, err = go(runs, finished, 2, *arguments)
+    assert (code, err) == (0, "")
+    first, changed, empty, header, *_ = out.splitlines()
+    assert first.endswith(": this run is finished") and header.startswith(" n    member ")
+    assert changed.startswith("changed   train_gpt.py=") and empty == ""
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_of_other_settings_is_trained_again_by_who_insists(runs, finished):
+    """Its members are kept; the result says so."""
+    code, out, err = go(runs, finished, 2, "--ngram_prior=5", "--allow_changed=true")
+    assert (code, err) == (0, "") and "member 2/2 was done" in out
+    assert json.loads((finished / "run/result.json").read_text(encoding="utf-8"))["changes"] == [
+        "ngram_prior=5 (was 30), with 2 member(s) done"]
+
+
 def test_an_extended_run_is_the_longer_one(runs, finished):
     before = times_of(finished)
     assert go(runs, finished, 3)[0] == 0
@@ -505,12 +623,71 @@ def test_a_smaller_number_of_members_is_refused(runs, finished):
     assert_same_run(runs / "two", finished)
 
 
+def set_bf16(monkeypatch, is_fast):
+    """As if this were a machine with, or without, fast bfloat16."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: is_fast)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+
+@pytest.mark.parametrize("begun_fast, dtype, other", [
+    (True, "bfloat16", "float32"), (False, "float32", "bfloat16")])
+def test_a_run_keeps_its_dtype_on_a_machine_that_would_choose_another(
+        begun_fast, dtype, other, runs, tmp_path, monkeypatch):
+    set_bf16(monkeypatch, begun_fast)
+    for name, members in (("whole", 3), ("moved", 2)):
+        assert go(runs, tmp_path / name, members, "--dtype=auto")[0] == 0
+    folder = tmp_path / "moved/run"
+    for is_fast in (begun_fast, not begun_fast):
+        set_bf16(monkeypatch, is_fast)
+        code, _, err = go(runs, tmp_path / "moved", 3, f"--dtype={other}")
+        assert code == 2 and f"dtype={other} (was {dtype})" in err
+    code, out, err = go(runs, tmp_path / "moved", 3, "--dtype=auto")
+    assert (code, err) == (0, "") and f", torch.{dtype}, " in out
+    assert re.findall(r"^changed   (\w+)=", out, re.M) == ["num_models"]
+    assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["dtype"] == dtype
+    assert read_run(folder).result["config"]["dtype"] == dtype
+    assert_same_run(tmp_path / "whole", tmp_path / "moved")
+
+
+ROUNDS = ("device_batch_size", "loss_chunk")        # free, too, but for rounding; below
+
+
 def test_free_fields_do_not_change_what_a_run_computes(runs, tmp_path):
     config = toy(tmp_path)
-    other = {name: another(config, name) for name in FREE if name not in ("run_id", "runs_dir")}
+    other = {name: another(config, name) for name in FREE
+             if name not in ("run_id", "runs_dir", *ROUNDS)}
     arguments = [f"--{name}={as_text(value)}" for name, value in other.items()]
     assert go(runs, tmp_path, 2, *arguments)[0] == 0
     assert_same_run(runs / "two", tmp_path)
+
+
+def test_a_run_that_has_run_out_of_memory_goes_on_in_smaller_parts(runs, tmp_path, monkeypatch):
+    """From the last state, up to rounding (a cautious decay has signs); the result has the sizes
+    that it ended with."""
+    settings = ["--dropout=0", "--cautious=false"]
+    assert go(runs, tmp_path / "whole", 2, *settings)[0] == 0
+    forward = train_gpt.GPT.forward
+    steps = []
+
+    def limited(model, tokens, specs=None):
+        if model.training:
+            steps.append(len(tokens))
+        if len(steps) > 5 and len(tokens) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return forward(model, tokens, specs)
+
+    monkeypatch.setattr(train_gpt.GPT, "forward", limited)
+    code, _, err = go(runs, tmp_path / "parts", 2, *settings)
+    assert code == 2 and err.startswith("error: out of memory; lower --device_batch_size")
+    assert go(runs, tmp_path / "parts", 2, *settings)[0] == 2       # it is not lowered for you
+    code, out, err = go(runs, tmp_path / "parts", 2, *settings, "--device_batch_size=2",
+                        "--loss_chunk=40")
+    assert (code, err) == (0, "") and "changed" not in out
+    assert re.search("^resumed   member 1 after step [1-9]", out, re.M)
+    assert "micro-batches of 2 row(s)" in out
+    whole, parts = (read_run(tmp_path / name / "run") for name in ("whole", "parts"))
+    assert flat(losses(parts)) == pytest.approx(flat(losses(whole)), abs=1e-5)
+    assert (parts.result["config"]["device_batch_size"], parts.result["changes"]) == (2, [])
 
 
 # ==== Signals and states ========================================================================
@@ -522,87 +699,104 @@ def act(*_):
     raise Acted
 
 
+class Ended(Exception):
+    pass
+
+
+def end(code):
+    raise Ended(code)
+
+
+@pytest.fixture
+def handlers():
+    with kept_handlers():
+        yield
+
+
 @pytest.mark.parametrize("number, other", [(signal.SIGTERM, signal.SIGINT),
                                            (signal.SIGINT, signal.SIGTERM)])
-def test_the_first_signal_is_remembered_and_a_later_one_acts(number, other, monkeypatch):
+def test_signals_are_remembered_and_a_later_one_ends_the_process(number, other, monkeypatch,
+                                                                 handlers):
     """What comes within seconds may be the same one, from a terminal and from the launcher."""
     now = [100.0]
     monkeypatch.setattr(train_gpt, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    before = {n: signal.signal(n, act) for n in (number, other)}
-    try:
-        with pytest.raises(Acted), remembered_signals() as received:
-            signal.raise_signal(number)
-            now[0] += 4
-            signal.raise_signal(number)
-            assert received == [number, number]
-            now[0] += 2
-            signal.raise_signal(number)
-            never()
-        assert signal.getsignal(number) is signal.getsignal(other) is act
-        with remembered_signals() as received:
-            pass
-        assert received == [] and signal.getsignal(number) is signal.getsignal(other) is act
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
+    monkeypatch.setattr(os, "_exit", end)
+    received = remember_signals()
+    assert received == []
+    now[0] += 60                # the first may take as long to come as it likes
+    signal.raise_signal(number)
+    now[0] += 4
+    signal.raise_signal(other)
+    signal.raise_signal(number)
+    assert received == [number, other, number]
+    now[0] += 2
+    with pytest.raises(Ended) as error:
+        signal.raise_signal(other)
+    assert error.value.args == (128 + other,)
+    signal.raise_signal(signal.SIGCHLD)         # no other signal is its business
 
 
-def requests(states):
-    is_due, stop_signal = states.requests()
-    return bool(is_due), bool(stop_signal)
+def test_signals_stay_remembered_after_a_run(handlers):
+    """So that one that comes as the result is written does not lose it."""
+    received = remember_signals()
+    signal.raise_signal(signal.SIGTERM)
+    again = remember_signals()          # of the next run in this process
+    signal.raise_signal(signal.SIGINT)
+    assert (received, again) == ([signal.SIGTERM], [signal.SIGINT])
+
+
+class TwoProcesses(Runtime):
+    """Adds up what is asked of it with what the other process says."""
+    other = (0.0, 0.0)
+
+    def all_reduce(self, tensor):
+        assert tensor.device == CPU     # no device is waited for
+        return tensor + torch.tensor(self.other)
 
 
 def test_a_state_is_due_after_its_minutes_and_only_the_main_process_says_so(tmp_path):
+    assert FIELDS["save_minutes"].default == 15
     signals = []
     states = States(Log(tmp_path, True, 0), 2, signals)
-    assert requests(states) == (False, False)
+    assert states.requests(Runtime()) == [False, False]
     states.last -= 119
-    assert requests(states) == (False, False)
+    assert states.requests(Runtime()) == [False, False]
     states.last -= 2
-    assert requests(states) == (True, False)
+    assert states.requests(Runtime()) == [True, False]
     states.save(TENSORS, FACTS)
-    states.wait()
-    assert requests(states) == (False, False)
+    assert states.requests(Runtime()) == [False, False]
     signals.append(signal.SIGTERM)
-    assert requests(states) == (False, True)
+    assert states.requests(Runtime()) == [False, True]
+    signals.append(signal.SIGTERM)
+    assert states.requests(Runtime()) == [False, True]
     for states in (States(Log(tmp_path, False, 0), 2, []), States(Log(tmp_path, True, 0), 0, [])):
         states.last -= 1e6
-        assert requests(states) == (False, False)
+        assert states.requests(Runtime()) == [False, False]
 
 
-def test_a_state_is_read_as_it_was_saved_last(tmp_path):
+@pytest.mark.parametrize("other, found", [
+    ((0.0, 0.0), [False, False]), ((1.0, 0.0), [True, False]), ((0.0, 2.0), [False, True])])
+def test_requests_are_alike_on_all_processes(other, found, tmp_path):
+    """What one process wants, all hear."""
+    runtime = TwoProcesses(rank=1, world_size=2)
+    runtime.other = other
+    states = States(Log(tmp_path, False, 0), 2, [])
+    states.last -= 1e6                  # the clock of another process does not count
+    assert states.requests(runtime) == found
+    states.signals.append(signal.SIGINT)
+    assert states.requests(runtime) == [found[0], True]
+
+
+def test_a_state_is_on_the_disk_when_it_has_been_saved(tmp_path):
     states = States(Log(tmp_path, True, 0), 0, [])
-    assert states.load() is None
     for step in range(3):
         states.save({"a": torch.full((4,), step)}, {"step": step})
-    states.wait()
-    tensors, facts = states.load()
-    assert facts == {"step": 2} and tensors["a"].tolist() == [2] * 4
+        tensors, facts = read_tensors(states.path)
+        assert facts == {"step": step} and tensors["a"].tolist() == [step] * 4
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "log.txt", "metrics.jsonl", "state.safetensors"]
     States(Log(tmp_path, False, 0), 0, []).save(TENSORS, {"step": 9})
-    assert states.load()[1] == {"step": 2}              # the main process writes alone
-
-
-def test_training_goes_on_while_a_state_is_written(tmp_path, monkeypatch):
-    """But the next state waits for it."""
-    may_write = threading.Event()
-    written = []
-
-    def slow(path, tensors, facts):
-        assert may_write.wait(10)
-        written.append(facts["step"])
-
-    monkeypatch.setattr(train_gpt, "write_tensors", slow)
-    states = States(Log(tmp_path, True, 0), 0, [])
-    states.save(TENSORS, {"step": 1})
-    assert written == []
-    release = threading.Timer(0.05, may_write.set)
-    release.start()
-    states.save(TENSORS, {"step": 2})
-    assert written[0] == 1
-    states.wait()
-    assert written == [1, 2]
+    assert read_tensors(states.path)[1] == {"step": 2}      # the main process writes alone
 
 
 def test_random_states_of_any_process_come_back():

@@ -374,8 +374,9 @@ def test_float32_run_has_the_losses_of_the_cpu(name, small, tmp_path, weights_of
 def test_two_gpus_train_the_members_of_one(changes, small, tmp_path):
     arguments = [*TINY, f"--device={DEVICE}", "--track=limited", small, *changes,
                  "--vocab_size=100", "--train_tokens=3000", "--selection_tokens=300",
-                 "--eval_tokens=0", "--dropout=0", "--cautious=false", "--batch_rows=16", "--seq_len=32",
-                 "--num_layers=3", "--num_epochs=2", "--num_models=2", "--kd_alpha=0.5"]
+                 "--eval_tokens=0", "--dropout=0", "--cautious=false", "--batch_rows=16",
+                 "--seq_len=32", "--num_layers=2", "--loop_start=1", "--loop_end=1",
+                 "--num_epochs=2", "--num_models=2", "--kd_alpha=0.5"]
     (tmp_path / "one").mkdir()
     one = train(tmp_path / "one", *arguments)
     done = torchrun(2, SCRIPT, *arguments, f"--runs_dir={tmp_path}", "--run_id=two", timeout=300)

@@ -163,7 +163,7 @@ def test_its_state_is_saved(idea, changed, tmp_path):
     data = changed.load_dataset(ROOT / config.dataset, config)
     member = changed.Member(1, trainer, data)
     trainer.start_member(1, 1)
-    changed.train_step(trainer, member, None)
+    changed.train_step(trainer, member)
     changed.write_tensors(tmp_path / "state.safetensors", *changed.collect_state(trainer, member))
     with safe_open(tmp_path / "state.safetensors", "pt") as file:
         names = {key.partition(".")[0] for key in file.keys() if key.endswith("attn.proj.weight")}

@@ -1,4 +1,4 @@
-"""What a run says: data efficiency, the table and its numbers, peaks of devices, log, plan, text.
+"""What a run says: data efficiency, the table and its numbers, peaks of devices, log, plan.
 
     python -m pytest tests/test_report.py
 """
@@ -15,9 +15,7 @@ import pytest
 import torch
 
 import train_gpt
-from helpers import (
-    BOS, SCRIPT, VOCAB, SlowModel, make_dataset, random_model, random_trainer, small_config)
-from sample import generate
+from helpers import BOS, SCRIPT, make_dataset, random_trainer, small_config
 from train_gpt import (
     TRACKS, Log, Member, UserError, announce, as_text, collect_state, data_efficiency,
     equivalent_tokens, estimate, hardware_name, load_dataset, member_facts, minutes,
@@ -333,7 +331,7 @@ def test_sources_are_logged_at_the_start_and_after_changes_only(small, tmp_path,
         assert json.loads(facts["config"])["ngram_order"] == 2
 
 
-# ==== Text ======================================================================================
+# ==== Ranks =====================================================================================
 @pytest.mark.parametrize("name, meta", [
     ("ranks.tiktoken", {}), ("other", {"ranks": "other"})])
 def test_ranks_give_bytes(name, meta, tmp_path):
@@ -350,64 +348,3 @@ def test_ranks_that_cannot_be_read(text, tmp_path):
         (tmp_path / "ranks.tiktoken").write_text(text)
     with pytest.raises(UserError, match="ranks.tiktoken: no ranks to decode tokens with"):
         read_ranks(tmp_path, {})
-
-
-def test_near_temperature_zero_the_likeliest_token_is_taken():
-    """Against the slow transformer, also where the text is longer than a row of 12."""
-    config = small_config(seq_len=12)
-    model = random_model(config, seed=1)
-    slow = SlowModel(model, [6, 6, 6, 12])
-    expected = [BOS]
-    for _ in range(20):
-        logits = slow.logits(slow.hidden(expected[-12:]))[-1]
-        expected.append(int(np.argmax(logits)))
-    assert BOS not in expected[1:] and len(set(expected)) > 3
-    start = [BOS]
-    assert generate(model, start, 20, temperature=1e-5) == expected
-    assert start == [BOS]
-    assert generate(model, expected[:5], 3, temperature=1e-5) == expected[:8]
-
-
-def test_text_depends_on_seed_alone():
-    model = random_model(small_config())
-    first = generate(model, [BOS], 15, temperature=2.0, seed=3)
-    torch.manual_seed(5)
-    assert generate(model, [BOS], 15, temperature=2.0, seed=3) == first
-    assert generate(model, [BOS], 15, temperature=2.0, seed=4) != first
-    assert all(token < VOCAB for token in first)
-
-
-class Scripted:
-    """A model whose logits at a position depend on its token alone: rows of `table` [V, V]."""
-
-    def __init__(self, table, seq_len=4):
-        self.table = torch.as_tensor(table, dtype=torch.float32)
-        self.config = SimpleNamespace(seq_len=seq_len)
-        self.wte = SimpleNamespace(weight=self.table)
-        self.contexts = []
-
-    def __call__(self, tokens):
-        self.contexts.append(tokens[0].tolist())
-        return self.table[tokens]
-
-    def logits(self, hidden):
-        return hidden
-
-
-def test_text_ends_at_bos_which_is_left_out():
-    """Token 5 is BOS, 0 follows it, and k + 1 follows k: 5 0 1 2 3 4 (5)."""
-    model = Scripted(100 * np.roll(np.eye(6), 1, axis=1))
-    assert generate(model, [5], 100) == [5, 0, 1, 2, 3, 4]
-    assert model.contexts == [[5], [5, 0], [5, 0, 1], [5, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4]]
-    assert generate(model, [5], 3) == [5, 0, 1, 2]
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_are_drawn_with_their_probabilities(temperature):
-    logits = np.array([1.0, 0.0, 2.0, -1.0])
-    model = Scripted(np.tile(logits, (5, 1)))       # token 4 begins, and is never drawn
-    draws = 1_500
-    tokens = generate(model, [4], draws, temperature)[1:]
-    p = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
-    error = np.bincount(tokens, minlength=4) / draws - p
-    assert (np.abs(error) < 4 * np.sqrt(p * (1 - p) / draws)).all()

@@ -3,7 +3,9 @@
     python -m pytest tests/test_tools.py
 """
 import argparse
+import base64
 import contextlib
+import hashlib
 import importlib
 import io
 import json
@@ -15,6 +17,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import _runs
 import ablate
@@ -25,22 +29,25 @@ import plot
 import sample
 import train_gpt
 from data.ngram import NGram
-from helpers import (ROOT, SCRIPT, TINY, make_dataset, python, random_model, random_tokens,
-                     saved_logps, small_config, train)
-from train_gpt import (FIELDS, FREE, TRACKS, Config, UserError, as_text, load_dataset,
+from helpers import (BOS, ROOT, SCRIPT, TINY, VOCAB, SlowModel, clean_environment, last_of_each,
+                     make_dataset, python, random_model, random_tokens, saved_logps, small_config,
+                     train)
+from sample import generate
+from train_gpt import (FIELDS, FREE, GPT, TRACKS, Config, UserError, as_text, load_dataset,
                        make_config, opt, piecewise_linear, start_runtime, training_stages)
 
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("[a-z]*.py"))
 
 
 def tool(module, *arguments):
-    """(exit code, stdout, stderr) of a tool in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with (mock.patch.object(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)]),
+    """(exit code, stdout, stderr) of a tool in this process, whose stdout is like a terminal's."""
+    out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.StringIO()
+    with (mock.patch.object(sys, "argv", [f"{module.__name__}.py", *last_of_each(arguments)]),
           contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
           pytest.raises(SystemExit) as end):
         _runs.run_tool(module.main)
-    return end.value.code or 0, out.getvalue(), err.getvalue()
+    out.seek(0)
+    return end.value.code or 0, out.read(), err.getvalue()
 
 
 def said(module, *arguments):
@@ -136,19 +143,18 @@ def test_what_is_no_result_is_one_line(text, message, tmp_path):
         assert message in error and str(tmp_path) in error
 
 
-def test_result_of_an_earlier_format_is_read_as_far_as_it_goes(tmp_path, capsys):
+def test_result_of_an_earlier_version_is_read_as_far_as_it_goes(tmp_path, capsys):
     """Fields that are gone, or whose values are of another kind now, are named."""
     now = make_config("tiny", seed=5, second_weight=(), wd_schedule=((0, 1), (1, 0.5)))
     then = {**asdict(now), "wd_schedule": "0:1,1:0.5", "second_weight": "", "seed": "5",
-            "token_noise": 0.1, "compile_model": "blocks", "num_layers": "sixteen"}
+            "token_noise": 0.1, "subset_fraction": 1.0, "compile_model": "blocks", "num_layers": "sixteen"}
     (tmp_path / "result.json").write_text(json.dumps({"format": 1, "config": then}))
     _, config = _runs.read_result(tmp_path)
     assert config == replace(now, compile_model=FIELDS["compile_model"].default,
                              num_layers=FIELDS["num_layers"].default)
     line, = capsys.readouterr().err.splitlines()
-    assert "format 1" in line and "token_noise" in line
-    assert "compile_model" in line and "num_layers" in line
-    assert "seed" not in line and "wd_schedule" not in line
+    assert line.endswith("of another version; without the fields compile_model, num_layers,"
+                         " token_noise, subset_fraction, which are gone")
 
 
 @pytest.mark.parametrize("name, value", [("dropout", None), ("seed", [1]),
@@ -161,6 +167,68 @@ def test_value_that_no_field_has_is_named(name, value, tmp_path, capsys):
     assert name in capsys.readouterr().err
 
 
+# ==== Text ======================================================================================
+def test_near_temperature_zero_the_likeliest_token_is_taken():
+    """Against the slow transformer, also where the text is longer than a row of 12."""
+    config = small_config(seq_len=12)
+    model = random_model(config, seed=1)
+    slow = SlowModel(model, [6, 6, 6, 12])
+    expected = [BOS]
+    for _ in range(20):
+        logits = slow.logits(slow.hidden(expected[-12:]))[-1]
+        expected.append(int(np.argmax(logits)))
+    assert BOS not in expected[1:] and len(set(expected)) > 3
+    start = [BOS]
+    assert generate(model, start, 20, temperature=1e-5) == expected
+    assert start == [BOS]
+    assert generate(model, expected[:5], 3, temperature=1e-5) == expected[:8]
+
+
+def test_text_depends_on_seed_alone():
+    model = random_model(small_config())
+    first = generate(model, [BOS], 15, temperature=2.0, seed=3)
+    torch.manual_seed(5)
+    assert generate(model, [BOS], 15, temperature=2.0, seed=3) == first
+    assert generate(model, [BOS], 15, temperature=2.0, seed=4) != first
+    assert all(token < VOCAB for token in first)
+
+
+class Scripted:
+    """A model whose logits at a position depend on its token alone: rows of `table` [V, V]."""
+
+    def __init__(self, table, seq_len=4):
+        self.table = torch.as_tensor(table, dtype=torch.float32)
+        self.config = SimpleNamespace(seq_len=seq_len)
+        self.wte = SimpleNamespace(weight=self.table)
+        self.contexts = []
+
+    def __call__(self, tokens):
+        self.contexts.append(tokens[0].tolist())
+        return self.table[tokens]
+
+    def logits(self, hidden):
+        return hidden
+
+
+def test_text_ends_at_bos_which_is_left_out():
+    """Token 5 is BOS, 0 follows it, and k + 1 follows k: 5 0 1 2 3 4 (5)."""
+    model = Scripted(100 * np.roll(np.eye(6), 1, axis=1))
+    assert generate(model, [5], 100) == [5, 0, 1, 2, 3, 4]
+    assert model.contexts == [[5], [5, 0], [5, 0, 1], [5, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4]]
+    assert generate(model, [5], 3) == [5, 0, 1, 2]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_with_their_probabilities(temperature):
+    logits = np.array([1.0, 0.0, 2.0, -1.0])
+    model = Scripted(np.tile(logits, (5, 1)))       # token 4 begins, and is never drawn
+    draws = 1_500
+    tokens = generate(model, [4], draws, temperature)[1:]
+    p = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+    error = np.bincount(tokens, minlength=4) / draws - p
+    assert (np.abs(error) < 4 * np.sqrt(p * (1 - p) / draws)).all()
+
+
 # ==== sample, plot, logit_average ===============================================================
 def text_of(output):
     """(number of the member, words) of what sample.py prints."""
@@ -169,10 +237,20 @@ def text_of(output):
     return int(head.split()[1]), text.split()
 
 
-def test_sample_writes_the_text_that_the_run_ended_with(runs):
-    console = runs.two.console
+def test_sample_writes_what_the_best_member_goes_on_with_after_bos(runs):
+    """By the ranks of the dataset; a run itself prints no text."""
+    assert "writes" not in runs.two.console + runs.two.log.rpartition("end of ")[2]
     number, words = text_of(said(sample, runs.two.folder))
-    assert (number, words) == text_of(console[console.index(f"member {number} writes"):])
+    assert number == 1 + np.argmin([m["selection_loss"] for m in runs.two.result["members"]])
+    meta = json.loads((ROOT / "data/prose/meta.json").read_text(encoding="utf-8"))
+    ranks, _ = train_gpt.read_ranks(ROOT / "data/prose", meta)
+    model = GPT(make_config("cpu", **runs.two.result["overrides"])).eval()
+    model.load_state_dict(load_file(runs.two.folder / f"members/{number:03d}.safetensors"))
+    tokens = generate(model, [meta["bos_id"]], 120)
+    assert 20 < len(tokens) <= 121
+    text = b"".join(ranks[token] for token in tokens[1:]).decode("utf-8", "ignore")
+    assert "".join(words) == "".join(text.split())
+    assert sample.TEMPERATURE == 0.8
     options = ["--temperature=0.5", "--seed=3"], ["--seed=2"], [f"--member={3 - number}"]
     others = [text_of(said(sample, runs.two.folder, *option)) for option in options]
     assert others[2][0] == 3 - number
@@ -200,6 +278,72 @@ def test_sample_goes_on_from_the_prompt(runs, monkeypatch):
     ranks, _ = train_gpt.read_ranks(ROOT / "data/prose", meta)
     assert seen[0][0] == meta["bos_id"] and seen[0] == seen[2]
     assert b"".join(ranks[token] for token in seen[0][1:]) == b"It was"
+
+
+def with_ranks(run, folder, lines):
+    """(A copy of a run, its dataset), whose ranks file is of these `lines`, as its result says."""
+    dataset = folder / "dataset"
+    dataset.mkdir()
+    shutil.copy(ROOT / "data/prose/meta.json", dataset)
+    (dataset / "ranks.tiktoken").write_bytes(lines)
+    sha256 = run.result["data_sha256"] | {"ranks": hashlib.sha256(lines).hexdigest()}
+    config = {"dataset": str(dataset)}
+    return copied(run, folder / "run", config=config, data_sha256=sha256), dataset
+
+
+@pytest.mark.parametrize("encoding, shown", [("latin-1", "?"), ("ascii", "?"), ("utf-8", "😀")])
+def test_sample_writes_to_a_terminal_that_has_few_characters(encoding, shown, runs, tmp_path):
+    emoji = base64.b64encode("😀".encode()).decode()
+    lines = "".join(f"{emoji} {token}\n" for token in range(2048)).encode()
+    run, _ = with_ranks(runs.one, tmp_path, lines)
+    done = python(ROOT / "tools/sample.py", run, env=clean_environment(PYTHONIOENCODING=encoding))
+    assert (done.returncode, done.stderr) == (0, "")
+    _, words = text_of(done.stdout)
+    assert set("".join(words)) == {shown} and len("".join(words)) > 20
+
+
+def test_sample_does_not_decode_by_other_ranks(runs, tmp_path):
+    """Those of a dataset that was built again; of results from before they were noted any do."""
+    lines = (ROOT / "data/prose/ranks.tiktoken").read_bytes()
+    run, dataset = with_ranks(runs.one, tmp_path, lines)
+    expected = said(sample, runs.one.folder)
+    assert said(sample, run) == expected
+    (dataset / "ranks.tiktoken").write_bytes(lines.replace(b" 7\n", b" 7777\n"))
+    error = complaint(sample, run)
+    assert str(dataset) in error and "its ranks are not those" in error and str(run) in error
+    earlier = {name: sha256 for name, sha256 in runs.one.result["data_sha256"].items()
+               if name != "ranks"}
+    assert "ranks" in runs.one.result["data_sha256"]
+    run = copied(runs.one, tmp_path / "earlier", data_sha256=earlier)
+    assert said(sample, run) == expected
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path):
+    held = bytearray(path.read_bytes())
+    held[int(0.6 * len(held))] ^= 16
+    path.write_bytes(held)
+
+
+@pytest.mark.parametrize("spoil", [cut, flip])
+def test_damaged_members_are_one_line(spoil, runs, tmp_path):
+    run = copied(runs.two, tmp_path / "run")
+    for number, kind, module in ((2, "", sample), (1, ".logp", mix)):
+        path = run / f"members/{number:03d}{kind}.safetensors"
+        spoil(path)
+        arguments = [run, f"--member={number}"] if module is sample else [run]
+        assert complaint(module, *arguments).startswith(f"error: {path}: damaged (")
+    assert said(sample, run, "--member=1")      # of which the weights are whole
+
+
+def test_sample_has_no_fields_and_takes_the_model_of_the_run(runs, tmp_path):
+    code, out, err = tool(sample, runs.one.folder, "--num_layers=77")
+    assert (code, out) == (2, "") and "unrecognized arguments: --num_layers=77" in err
+    run = copied(runs.one, tmp_path / "run", config={"num_layers": 77})
+    assert "are of another model" in complaint(sample, run)
 
 
 def test_what_sample_cannot_do_is_one_line(runs, tmp_path, monkeypatch):
@@ -501,7 +645,7 @@ def test_baseline_is_stored_and_not_measured_again(tmp_path, monkeypatch):
     dataset, runs = tmp_path / "prose", tmp_path / "runs"
     shutil.copytree(ROOT / "data/prose", dataset)
     before = json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
-    small = ["--train_tokens=3000", "--num_layers=1", f"--dataset={dataset}"]
+    small = ["--train_tokens=4000", "--num_layers=1", f"--dataset={dataset}"]
     arguments = ["--track=cpu", *TINY, *small, f"--runs_dir={runs}", "--log_seconds=100",
                  "--matrix_lr=0.1", "--embed_lr=0.3", "--head_lr=0.01"]     # overfits soon
     said(baseline, *arguments)
@@ -513,13 +657,13 @@ def test_baseline_is_stored_and_not_measured_again(tmp_path, monkeypatch):
     keys = [tuple(run[key] for key in baseline.KEY) for run in done]
     assert len(set(keys)) == len(keys) >= 10        # one epoch: two sizes, four ways; a search
     first = [[run for run in done if run["tokens"] == tokens and run["epochs"] == 1 and
-              run["weight_decay"] == baseline.USUAL_WEIGHT_DECAY] for tokens in (3000, 6000)]
+              run["weight_decay"] == baseline.USUAL_WEIGHT_DECAY] for tokens in (4000, 8000)]
     assert [len({(run["unet"], run["qk_norm"]) for run in some}) for some in first] == [4, 4]
     best = [min(some, key=lambda run: run["selection"]) for some in first]
     assert stored["one_epoch"] == [[run["tokens"], run["val"]] for run in best]
     chosen, = stored["tuned_settings"]
-    assert stored["tuned"] == [[3000, chosen["val"]]]
-    assert chosen["selection"] <= min(run["selection"] for run in done if run["tokens"] == 3000)
+    assert stored["tuned"] == [[4000, chosen["val"]]]
+    assert chosen["selection"] <= min(run["selection"] for run in done if run["tokens"] == 4000)
     assert stored["source"].startswith("tools/baseline.py --track=cpu") and stored["hardware"]
     assert f"--dataset={dataset}" in stored["source"]
 
@@ -529,7 +673,8 @@ def test_baseline_is_stored_and_not_measured_again(tmp_path, monkeypatch):
     assert json.loads((dataset / "meta.json").read_text(encoding="utf-8")) == meta
     assert lines == (runs / "baseline_cpu/runs.jsonl").read_text(encoding="utf-8").splitlines()
     (tmp_path / "more").mkdir()
-    run = train(tmp_path / "more", "--track=cpu", "--num_models=1", *small)
+    run = train(tmp_path / "more", "--track=cpu", "--num_models=1", "--eval_tokens=0",
+                *small)
     assert run.result["data_efficiency"]["curve"] == stored     # read against the stored curves
     assert run.result["data_efficiency"]["tuned"] != "n/a"
 

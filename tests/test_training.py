@@ -8,7 +8,6 @@ import contextlib
 import json
 import math
 import re
-import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,8 +19,8 @@ import train_gpt
 from helpers import (BOS, VOCAB, batch, gradients_of, main, make_dataset, random_tokens,
                      random_trainer, randomize, relative_error, small_config, train, TINY)
 from train_gpt import (GPT, Clocks, Log, Member, Trainer, UserError, collect_state,
-                       gradients_that_fit, load_dataset, make_config, member_facts,
-                       micro_batch_rows, parse, read_tensors, result_lines, run_costs, start_runtime,
+                       load_dataset, make_config, member_facts, micro_batch_rows, parse,
+                       read_tensors, restore_state, result_lines, run_costs, start_runtime,
                        train_member, train_step)
 
 SILENT = Log(None, is_main=False, every_seconds=0)
@@ -267,55 +266,26 @@ def test_adapted_moves_the_plastic_weights_and_restores_them_exactly(scope):
 
 # ---- memory ----
 
-def fail_beyond(trainer, room, from_call=1):
-    """From that call on, forward passes of more than `room` rows run out of memory."""
+def test_memory_that_runs_out_is_the_persons_to_mend(monkeypatch):
+    """Micro-batches are as they were told to be; nothing has been updated."""
+    trainer = random_trainer(batch_rows=8)
+    member = Member(1, trainer, data_of([np.full(500, BOS)]))
+    trainer.start_member(1, 1)
+    weights = weights_of(trainer.model)
     forward = trainer.forward
-    calls = []
+    rows = []
 
     def limited(model, inputs, specs):
-        calls.append(len(inputs))
-        if len(calls) >= from_call and len(inputs) > room:
+        rows.append(len(inputs))
+        if len(rows) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return forward(model, inputs, specs)
 
     trainer.forward = limited
-
-
-@pytest.mark.parametrize("changes", [{}, dict(meta_lr=0.5, meta_rows=4), DISTILLED], ids=str)
-@pytest.mark.parametrize("room, from_call, tried", [(2, 1, [2]), (2, 2, [2]), (1, 2, [2, 1])])
-def test_micro_batches_are_halved_until_they_fit(changes, room, from_call, tried):
-    """With the same gradients, though some had been added up when memory ran out."""
-    trainer = random_trainer(**changes, batch_rows=8)
-    assert trainer.micro_rows == 4
-    inputs, targets = batch(trainer.config, 8)
-    weights = weights_of(trainer.model)
-    expected = summed_gradients(trainer, inputs, targets, 0.0, bool(trainer.teacher))
-    trainer.model.zero_grad()
-    fail_beyond(trainer, room, from_call)
-    member = SimpleNamespace(number=3, step=6, distill=bool(trainer.teacher),
-                             rows=SimpleNamespace(step={6: (inputs, targets)}.get))
-    lines = []
-    log = SimpleNamespace(say=lines.append)
-    for _ in range(2):              # the second time it is known what fits
-        trainer.model.zero_grad()
-        sums = gradients_that_fit(trainer, member, log, 0.0)
-        assert_same_gradients((sums, gradients_of(trainer.model)), expected, room)
-        assert_same_weights(trainer.model, weights)
-        assert trainer.micro_rows == room
-        assert len(lines) == len(tried)
-    for line, rows in zip(lines, tried):
-        assert re.fullmatch(rf"memory .*member 3, step 7\b.*micro-batches of {rows} row.*", line)
-
-
-def test_one_row_that_does_not_fit_is_an_error():
-    trainer = random_trainer()
-    fail_beyond(trainer, 0)
-    lines = []
-    member = SimpleNamespace(number=1, step=0, distill=False,
-                             rows=SimpleNamespace(step={0: batch(trainer.config)}.get))
     with pytest.raises(torch.OutOfMemoryError):
-        gradients_that_fit(trainer, member, SimpleNamespace(say=lines.append), 0.0)
-    assert len(lines) == 2 and trainer.micro_rows == 1      # of 4 rows
+        train_step(trainer, member)
+    assert (rows, trainer.micro_rows, member.step) == ([4, 4], 4, 0)
+    assert_same_weights(trainer.model, weights)
 
 
 # field values, processes, what --field=value is refused; None: the rows of a micro-batch
@@ -361,21 +331,13 @@ def data_of(documents, scored=("val",)):
                            scored={split: [part] for split, part in zip(scored, tokens)})
 
 
-@pytest.mark.parametrize("fraction, count", [(1.0, 20), (0.5, 10), (0.33, 7), (0.0, 1)])
-def test_members_see_documents_of_their_own_in_the_order_of_the_data(fraction, count):
-    """What a member sees depends on the run's seed and its number only."""
+def test_members_see_all_documents_in_the_order_of_the_data():
+    """They shuffle them themselves; no member leaves any out."""
     documents = [np.full(i + 2, i) for i in range(20)]
-    seen = []
-    for number, seed in ((1, 1), (1, 1), (2, 1), (3, 1), (1, 2)):
-        trainer = random_trainer(subset_fraction=fraction)
-        trainer.config = replace(trainer.config, seed=seed, num_models=3)
-        part = Member(number, trainer, data_of(documents)).rows.documents
-        seen.append([int(document[0]) for document in part])
-        assert len(set(seen[-1])) == len(seen[-1]) == count
-        assert seen[-1] == sorted(seen[-1])
-        assert all(document is documents[i] for document, i in zip(part, seen[-1]))
-    assert seen[0] == seen[1]
-    assert fraction == 1 or len({tuple(part) for part in seen}) > 2
+    for number in (1, 2, 3):
+        rows = Member(number, random_trainer(num_models=3), data_of(documents)).rows
+        assert len(rows.documents) == 20 and rows.tokens == sum(map(len, documents))
+        assert all(ours is document for ours, document in zip(rows.documents, documents))
 
 
 def test_order_of_rows_differs_between_members_and_seeds():
@@ -402,7 +364,7 @@ def test_members_of_the_outer_quarters_have_rows_of_their_own(models, edge, rows
 
 
 @pytest.mark.parametrize("alpha, kd_from, distilled", [
-    (0.5, 1, [2, 3, 4]), (0.5, 2, [2, 3, 4]), (0.5, 4, [4]), (0.5, 9, []), (0.0, 2, [])])
+    (0.5, 1, [2, 3, 4]), (0.5, 2, [2, 3, 4]), (0.5, 4, [4]), (0.0, 2, [])])
 def test_members_that_are_distilled(alpha, kd_from, distilled):
     """From kd_from on, but the first has nobody to learn from."""
     trainer = random_trainer(num_models=4, kd_alpha=alpha, kd_from=kd_from)
@@ -489,7 +451,7 @@ def test_member_that_continues_after_a_stop_begins_as_without_it():
     data = data_of([np.append(BOS, np.arange(50))] * 4)
     member = Member(1, trainer, data)
     trainer.start_member(1, member.seed)
-    train_step(trainer, member, SILENT)
+    train_step(trainer, member)
     state = collect_state(trainer, member)
     weights = weights_of(trainer.model)
     resumed = float32_trainer(**changes)
@@ -732,7 +694,7 @@ def test_splits_are_scored_without_dropout_on_the_clock_of_evaluation(monkeypatc
 # ==== Averages ==================================================================================
 def random_steps(trainer, snapshots):
     """A train_step that sets random weights, and puts them down."""
-    def step(trainer, member, log):
+    def step(trainer, member):
         randomize(trainer.model, seed=member.step)
         snapshots.append(weights_of(trainer.model))
         member.recent.append({"train_loss": torch.tensor(1.0), "kl": torch.tensor(0.0)})
@@ -846,13 +808,36 @@ def test_facts_of_a_member_by_hand(world_size, peak, mfu, monkeypatch):
     assert member.rows.num_steps == 4 and member.distill
     for _ in range(4):
         now[0] += 7
-        train_step(trainer, member, SILENT)
+        train_step(trainer, member)
     trainer.clocks.eval += 4        # nor is that of an evaluation
     trainer.runtime.world_size = world_size
     member.train_loss = 2.5
     facts = member_facts(trainer, member)
     assert facts.pop("mfu") == (mfu and pytest.approx(mfu, abs=1e-4))
     assert facts == {"train_loss": 2.5, "train_seconds": 24.0, "tokens_per_second": 8.0}
+
+
+def test_state_has_what_a_member_counts(monkeypatch):
+    """Its clock among it: the run's at the member's start, and no seconds of its own."""
+    now = [0.0]
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    trainer = random_trainer(num_models=2)
+    now[0] = 500
+    member = Member(2, trainer, data_of([np.full(500, BOS)]))
+    trainer.start_member(2, member.seed)
+    train_step(trainer, member)
+    now[0] += 30
+    state = collect_state(trainer, member)
+    assert set(state[1]) == {"number", "start", "step", "train_loss", "flops", "ends",
+                             "world_size", "optimizer_steps", "clocks"}
+    assert (state[1]["number"], state[1]["start"], state[1]["step"]) == (2, 500, 1)
+    now[0] += 9000          # until somebody goes on
+    resumed = random_trainer(num_models=2)
+    again = Member(2, resumed, data_of([np.full(500, BOS)]))
+    resumed.start_member(2, again.seed)
+    restore_state(state, resumed, again)
+    now[0] += 10
+    assert member_facts(resumed, again)["train_seconds"] == 40
 
 
 @pytest.mark.parametrize("recurrence", [0.0, 0.5])
@@ -928,9 +913,6 @@ def test_weights_that_are_not_finite_are_never_saved(poisoned, value, tmp_path, 
                         r" [^\n]*_lr\n", err)
     lines = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, poisoned + 1))
-    for thread in threading.enumerate():
-        if thread.name == "state":      # which writes the last state
-            thread.join(60)
     tensors, facts = read_tensors(tmp_path / "run/state.safetensors")
     assert facts["step"] == poisoned - 1
     assert all(tensor.isfinite().all() for tensor in tensors.values())
