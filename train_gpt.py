@@ -1652,9 +1652,8 @@ def announce(trainer, data, log, overrides, had_run, changes):
     scored = [f"{split} {count_tokens(part):,}" for split, part in data.scored.items()]
     flops = " then ".join(dict.fromkeys(f"{count:.4g}" for count in trainer.flops.values()))
     sizes = [num_parameters(module) / 1e6 for module in (trainer.model, trainer.model.blocks)]
-    distilled = ""
-    if is_distilled(c, c.num_models):
-        distilled = f", kd_alpha {c.kd_alpha} from member {max(2, c.kd_from)} on"
+    distilled = f", kd_alpha {c.kd_alpha} from member {max(2, c.kd_from)} on"
+    distilled = distilled if is_distilled(c, c.num_models) else ""
     for line in (
             f"track     {c.track}: {c.num_models} model(s) x {c.num_epochs} epochs{distilled}",
             *textwrap.wrap(sets, 95, initial_indent="settings  ", subsequent_indent=" " * 10),
@@ -1991,7 +1990,7 @@ class Member:
         self.start = trainer.clocks.training()      # seconds, since the run was begun
         self.step = 0               # steps that are done
         self.flops = 0.0            # of these
-        self.recent = []            # {name: mean loss} of the steps since the last reading
+        self.recent = {}            # name: mean losses of the steps since the last reading
         self.train_loss = math.nan  # of the last reading
         self.ends = 0               # ends of epochs that are averaged
         self.average = {}           # sum of what is averaged
@@ -2017,11 +2016,9 @@ def train_member(number, trainer, data, log, states=None, state=None):
         epochs = math.floor(rows.epoch_of(member.step))
         train_step(trainer, member)
         is_last = member.step == rows.num_steps
-        is_due = is_stopped = False
         if is_last or member.step % config.log_steps == 0:
             read_losses(trainer, member, log)
-        if states:
-            is_due, is_stopped = states.requests(trainer.runtime)
+        is_due, is_stopped = states.requests(trainer.runtime) if states else (False, False)
         averaged_from = config.num_epochs - config.average_epochs
         if math.floor(rows.epoch_of(member.step)) > max(epochs, averaged_from):
             add_to_average(trainer, member, data)
@@ -2042,7 +2039,9 @@ def train_step(trainer, member):
     config, rows = trainer.config, member.rows
     progress = member.step / rows.num_steps
     inputs, targets = rows.step(member.step)
-    member.recent.append(trainer.gradients(inputs, targets, progress, member.distill))
+    sums = trainer.gradients(inputs, targets, progress, member.distill)
+    for name, mean in sums.items():
+        member.recent.setdefault(name, []).append(mean)
     trainer.optimizer.step(lr_multiplier(config, progress),
                            piecewise_linear(config.wd_schedule, progress),
                            momentum_at(config, member.step))
@@ -2063,11 +2062,9 @@ def member_facts(trainer, member):
 def read_losses(trainer, member, log):
     """Read the losses of the last steps (which waits for the device); log them, and progress."""
     config, runtime, rows = trainer.config, trainer.runtime, member.rows
-    names = list(member.recent[0])
-    means = torch.stack([torch.stack([sums[name] for name in names])
-                         for sums in member.recent]).mean(dim=0)
-    losses = dict(zip(names, runtime.all_reduce(means).tolist()))
-    member.recent = []
+    means = torch.stack([torch.stack(values).mean() for values in member.recent.values()])
+    losses = dict(zip(member.recent, runtime.all_reduce(means).tolist()))
+    member.recent = {}
     member.train_loss = losses["train_loss"]
     member.check_finite("the loss", member.train_loss)
     facts = member_facts(trainer, member)
@@ -2114,6 +2111,8 @@ def collect_state(trainer, member):
     tensors = {f"model.{name}": p.detach() for name, p in trainer.model.named_parameters()}
     member.check_finite("a weight", float(sum(p.sum() for p in tensors.values())))
     tensors |= {f"average.{name}": value for name, value in member.average.items()}
+    tensors |= {f"recent.{name}": runtime.all_reduce(torch.stack(values))
+                for name, values in member.recent.items()}
     random = random_state(runtime.device).unsqueeze(0).to(runtime.device)
     tensors["random"] = runtime.all_gather(random)
     for group in optimizer.groups:
@@ -2138,6 +2137,8 @@ def restore_state(state, trainer, member):
     for name in member.counters:
         setattr(member, name, facts[name])
     member.average = named("average.", tensors)
+    member.recent = {name: list(values.to(device) * runtime.is_main)
+                     for name, values in named("recent.", tensors).items()}
     trainer.clocks = Clocks(**facts["clocks"])
     if facts["world_size"] == runtime.world_size:
         set_random_state(tensors["random"][runtime.rank], device)
@@ -2183,8 +2184,7 @@ def train_members(trainer, data, log, states):
             if not was_done:
                 log.metrics(member=number, val_loss=facts["val_loss"], ensemble_val_loss=mixed)
                 save_member(number, trainer, log.folder, facts, logp)
-            done = "was done" if was_done else "done"
-            log.say(f"member {number}/{config.num_models} {done} in"
+            log.say(f"member {number}/{config.num_models} {'was ' * was_done}done in"
                     f" {minutes(facts['train_seconds'])}: val loss {facts['val_loss']:.4f},"
                     f" ensemble of {number}: {mixed:.4f}")
     return members, scores

@@ -341,7 +341,6 @@ def test_states_are_saved_in_time_however_rarely_losses_are_read(minutes, step, 
     assert step is None or read_tensors(state)[1]["step"] == step
 
 
-@pytest.mark.xfail(strict=True, reason="losses read since the last reading are not in a state")
 def test_a_reading_after_a_stop_is_the_one_without_it(data, tmp_path):
     """Of all steps since the last reading, though some were done by an earlier launch."""
     assert short(tmp_path / "whole", data, "--log_steps=4") == (0, "")

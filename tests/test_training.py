@@ -697,7 +697,7 @@ def random_steps(trainer, snapshots):
     def step(trainer, member):
         randomize(trainer.model, seed=member.step)
         snapshots.append(weights_of(trainer.model))
-        member.recent.append({"train_loss": torch.tensor(1.0), "kl": torch.tensor(0.0)})
+        member.recent = {"train_loss": [torch.tensor(1.0)], "kl": [torch.tensor(0.0)]}
         member.step += 1
     return step
 
