@@ -41,7 +41,7 @@ SMALL = ["--preset=toy", "--device=cpu", "--dtype=float32", "--vocab_size=100", 
 # is due at every step
 RUN = [*SMALL, "--track=cpu", "--num_models=3", "--kd_alpha=0.5", "--continue_members=true",
        "--average=weights", "--average_epochs=2", "--num_epochs=2", "--num_layers=2",
-       "--batch_rows=8", "--dropout=0.1", "--log_steps=1", "--save_minutes=0.00001"]
+       "--batch_rows=8", "--dropout=0.1", "--log_steps=2", "--save_minutes=0.00001"]
 VARIANTS = ([], ["--average=probs", "--continue_members=false"])
 LIMIT = 120         # seconds that a launch may take
 

@@ -314,6 +314,9 @@ def test_optimizer_makes_the_steps_of_the_cpu(dtype, cautious, tolerance):
 
 
 # ==== Whole runs ================================================================================
+FEWER_STAGES = {"two_hour": ["--window_schedule=0:0.25:0.5,0.5:0.5:1"]}     # to compile
+
+
 @pytest.mark.parametrize("track", TRACKS)
 @needs_compiler
 def test_a_run_of_every_track(track, tmp_path):
@@ -323,7 +326,8 @@ def test_a_run_of_every_track(track, tmp_path):
     torch._dynamo.utils.counters.clear()
     run = train(tmp_path, f"--track={track}", f"--device={DEVICE}", "--dtype=bfloat16", *COMPILED,
                 "--num_layers=2", "--loop_start=1", "--loop_end=1", "--num_epochs=2",
-                "--num_models=2", "--kd_alpha=0.5", "--kd_from=2", "--edge_batch_rows=0")
+                "--num_models=2", "--kd_alpha=0.5", "--kd_from=2", "--edge_batch_rows=0",
+                *FEWER_STAGES.get(track, []))
     attention = chosen_attention(torch.bfloat16)
     assert f"torch.bfloat16, attention {attention}, compile on" in run.log
     assert ("FlashAttention 3 fails" in run.console) == (attention != "fa3")
