@@ -350,17 +350,17 @@ def test_a_reading_after_a_stop_is_the_one_without_it(data, tmp_path):
     assert_same(tmp_path / "whole/run", tmp_path / "stopped/run")
 
 
-def test_an_interrupt_that_comes_later_stops_at_once(data, whole, tmp_path):
+def test_a_signal_that_comes_later_stops_at_once(data, whole, tmp_path):
     """Whatever the process is at, with the exit code of a signal."""
     def twice():
         monotonic = time.monotonic
         signal.raise_signal(signal.SIGINT)
         time.monotonic = lambda: monotonic() + 6        # in the fork alone
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
 
     with at_reading(5, twice):
         launch = Launch([*SHORT, data, f"--runs_dir={tmp_path}"], 1, tmp_path / "console")
-    assert launch.wait() == [130]
+    assert launch.wait() == [143]
     ends_equal(tmp_path, data, whole, "resumed   member 1 after step 4")
 
 

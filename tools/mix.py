@@ -82,7 +82,7 @@ def mix(folders, keep=0, final_mixture="learned", ngram_order=0):
     config = replace(configs[0], final_mixture=final_mixture, ngram_order=ngram_order)
     data = load_dataset(dataset_folder(config), config)
     if data.hashes != results[0]["data_sha256"]:
-        raise UserError(f"{data.folder}: other shards than these runs were trained on")
+        raise UserError(f"{data.folder}: other data than these runs were trained on")
     members, facts = read_members(folders, results)
     if "selection" not in members[0] and (keep or final_mixture != "uniform"):
         raise UserError("these runs have no selection, on which --keep and learned mixtures are"
