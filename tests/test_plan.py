@@ -168,7 +168,7 @@ def test_files_are_as_large_as_said(average, tmp_path):
     trainer.start_member(1, 1)
     weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
     member = SimpleNamespace(average=weights if average == "weights" else {}, counters=(),
-                             start=0.0, check_finite=lambda *_: None)
+                             recent={}, start=0.0, check_finite=lambda *_: None)
     tensors, facts = collect_state(trainer, member)
     state, finished = tmp_path / "state.safetensors", tmp_path / "001.safetensors"
     write_tensors(state, tensors, facts)
@@ -251,7 +251,7 @@ def test_gpus_are_those_of_the_script():
 # ==== Advice ====================================================================================
 @pytest.mark.parametrize("arguments", [
     ["--track=tiny", "--gpu=RTX 4090"],                                 # fewer rows
-    ["--track=mini", "--gpu=L40S", "--device_batch_size=64", "--softcap=0"],
+    ["--track=mini", "--gpu=RTX 4090", "--device_batch_size=64", "--softcap=0"],
     ["--track=mini", "--gpu=RTX 4090", "--seq_len=16384", "--batch_rows=1",     # loss_chunk, too
      "--loss_chunk=16384"]])
 def test_advice_fits(arguments):

@@ -540,7 +540,7 @@ def test_runs_on_shards_that_are_gone_are_refused(runs, tmp_path):
     same = {"data_sha256": {"prose_train_000000.bin": "0" * 64}}
     others = [copied(run, tmp_path / name, **same) for run, name in ((runs.one, "a"),
                                                                      (runs.two, "b"))]
-    assert "other shards" in complaint(mix, *others)
+    assert "other data" in complaint(mix, *others)
 
 
 def test_unfinished_runs_and_taken_folders_are_refused(runs, tmp_path):

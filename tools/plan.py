@@ -92,7 +92,7 @@ def attention_bytes(config, sizes, is_valued, is_masked):
     if is_masked:
         total += sizes.item * config.seq_len ** 2           # the mask, in numbers
     if config.xsa:
-        total += 2 * sizes.hidden + 4 * sizes.heads         # unit values, what is left of the result
+        total += 2 * sizes.hidden + 4 * sizes.heads         # unit values, what is left
     if config.attn_gate:
         total += sizes.hidden + sizes.heads                 # the gated result (input of proj), gate
     total += matrix * sizes.cast                            # weight of proj
@@ -335,7 +335,7 @@ def fitting(config, device, room):
 def scored_tokens(config):
     """(tokens of selection, val and holdout, how that is known)."""
     each = config.eval_tokens or HELD_OUT.get(Path(config.dataset).name, HELD_OUT_ELSE)
-    how = "" if config.eval_tokens else f" (val, holdout: {each:,} tokens each, assumed)"
+    how = "" if config.eval_tokens else f" (for {each:,} tokens of val, of holdout)"
     return config.selection_tokens + 2 * each, how
 
 
@@ -437,8 +437,8 @@ def run_lines(config, tokens, device):
     if device.peak:
         speed = device.peak * device.processes
         where = "data sheet" if device.is_gpu else "best of big matrix products"
-        lines.append(f"          at an assumed MFU of {device.mfu:.0%} of {speed / 1e12:.4g} TFLOP/s"
-                     f" ({where}, {dtype_name(device.dtype)})")
+        lines.append(f"          at an assumed MFU of {device.mfu:.0%} of {speed / 1e12:.4g}"
+                     f" TFLOP/s ({where}, {dtype_name(device.dtype)})")
         minutes = flops / speed / device.mfu / 60
         if 0 < config.time_limit < minutes:
             lines.append(f"          OVER the track's time limit of {config.time_limit:g} minutes")
