@@ -12,9 +12,8 @@ be seen, as often as one likes, and the lowest loss on unseen text wins.
 The same command, with the same --run_id, goes on with a run that was stopped; with a larger
 --num_models a finished one gets more members.
 
-Rules of a record: the result is one number, declared in advance, never a minimum over
-evaluations. Choices are made on `selection`, cut from train; `val` compares runs; `holdout`
-is shown once, at the end. The log begins with this source and reproduces the run.
+The result is one number, declared in advance. Choices are made on `selection`, cut from train;
+`val` compares runs; `holdout` is shown once, at the end. The log reproduces the run.
 
 This file stands alone (only --ngram_order imports data/ngram.py) and reads from top to bottom:
 settings, devices, data, model, loss, optimizer, schedules, ensemble, files, report, training.
@@ -67,7 +66,7 @@ class Config:
     and unlimited (one node's chain of #90) are the NanoGPT Slowrun's; cpu and mini ours."""
     track: str = opt("", "its name")
     preset: str = opt("", "toy: shrink any track to seconds on a CPU", "", "toy")
-    run_id: str = opt("", "name of the folder under runs_dir; empty: track, date and time")
+    run_id: str = opt("", "name of the folder under runs_dir; empty: by track, fields, seed")
     runs_dir: str = opt("runs", "folder of the runs")
     seed: int = opt(1, "of init, order and dropout", least=0, most=10 ** 9)
     device: str = opt("auto", "auto: the first there is", "auto", "cuda", "mps", "cpu")
@@ -77,7 +76,6 @@ class Config:
     time_limit: float = opt(0, "minutes of training that the track allows", cpu=6, mini=15,
                             tiny=15, limited=60, two_hour=120, unlimited=4800)
     log_steps: int = opt(5, "steps between readings of the loss, for metrics.jsonl")
-    log_seconds: float = opt(5, "seconds between progress lines")
     save_minutes: float = opt(15, "minutes between states to go on from; 0: at ends only")
     allow_changed: bool = opt(False, "go on though settings, source or data have changed")
     hang_minutes: float = opt(30, "minutes that processes wait for each other", least=0.05)
@@ -113,7 +111,6 @@ class Config:
     final_mixture: str = opt("uniform", "the declared result (ngram is learned, too)",
                              "uniform", "learned", "ngram", cpu="ngram", unlimited="learned")
     ngram_order: int = opt(0, "of a Kneser-Ney n-gram that joins; 0: none", most=4, cpu=4)
-    ngram_prior: float = opt(30, "tokens that pull weights by context to the common ones")
 
     # ---- model
     num_layers: int = opt(30, "blocks", cpu=4, mini=12, tiny=16, toy=4)
@@ -121,7 +118,6 @@ class Config:
                          toy=64)
     num_heads: int = opt(14, "attention heads", cpu=4, mini=6, tiny=8, unlimited=16, toy=2)
     mlp_multiple: int = opt(256, "8/3 model_dim is rounded up to it", cpu=32, toy=32)
-    swiglu: bool = opt(True, "SwiGLU MLP; off: squared ReLU of width 4 model_dim")
     embed_init: float = opt(1, "standard deviation of the first embeddings")
     head_init: float = opt(0.001, "standard deviation of the head's first weights")
     proj_init: str = opt("normal", "of projections", "normal", "zero", cpu="zero", tiny="zero")
@@ -204,8 +200,6 @@ class Config:
 
     @property
     def mlp_dim(self):
-        if not self.swiglu:
-            return 4 * self.model_dim
         return math.ceil(8 * self.model_dim / (3 * self.mlp_multiple)) * self.mlp_multiple
 
     def rows_of(self, member):
@@ -217,8 +211,8 @@ FIELDS = {f.name: f for f in fields(Config)}
 TRACKS = {track: {name: f.metadata["tracks"][track] for name, f in FIELDS.items()
                   if track in f.metadata["tracks"]} for track in TRACK_NAMES}
 TOY = dict(dataset="data/prose", eval_tokens=2_000, compile=False)     # and what `toy` limits
-FREE = ("run_id", "runs_dir", "log_seconds", "save_minutes", "allow_changed", "hang_minutes",
-        "time_limit", "device_batch_size", "loss_chunk")    # that change no more than rounding
+FREE = ("run_id", "runs_dir", "save_minutes", "allow_changed", "hang_minutes", "time_limit",
+        "device_batch_size", "loss_chunk")      # that change no more than rounding
 GATE_CHANNELS = 12          # of the residual stream, that attention gates read
 VALUE_GATE_CHANNELS = 32    # the same of the gates of value projections
 ASSUMED_MFU = 0.4           # of GPUs, for the estimate of time before a run
@@ -583,8 +577,7 @@ def load_dataset(folder, config):
     scored = {"selection": selection} if selection else {}
     for split in ("val", "holdout"):
         scored[split] = cut_documents(splits[split], max(2, config.eval_tokens or math.inf))
-    is_whole = count_tokens(scored["val"]) == count_tokens(splits["val"])
-    if not is_whole and meta.pop("baseline", None):
+    if config.eval_tokens and meta.pop("baseline", None):
         notes.append("data      a part of val is scored: no data efficiency, whose curve is of all")
     ranks = {}
     with contextlib.suppress(UserError):        # without them bits per byte are n/a
@@ -613,11 +606,9 @@ def cut_selection(documents, config):
     ends = np.cumsum([0] + [len(document) for document in documents])
     first = min(len(documents), int(np.searchsorted(ends, config.selection_tokens)))
     if ends[first] > ends[-1] / 2 or not documents:
-        one = "the first document alone is; only 0 works, with --final_mixture=uniform"
-        raise UserError(
-            f"--selection_tokens={config.selection_tokens}: whole documents make that"
-            f" {ends[first]:,} of the {ends[-1]:,} tokens of train, more than half;"
-            f" {one if ends[:2][-1] > ends[-1] / 2 else 'lower it'}")
+        raise UserError(f"--selection_tokens={config.selection_tokens}: whole documents make that"
+                        f" {ends[first]:,} of the {ends[-1]:,} tokens of train, more than half;"
+                        " lower it, to 0 if the first alone is (then --final_mixture=uniform)")
     return documents[first:], documents[:first]
 
 def read_ranks(folder, meta):
@@ -735,9 +726,9 @@ def yarn(frequency, growths):
         scale *= 0.2 * math.log(new / old) + 1
     return frequency, scale
 
-# A layer's attention: how many keys before its own a query sees (as in the public scripts: S + 1
-# with it), make_mask's mask, (cos, sin) [T, 1, Dh/2], which
-# key channels [Dh] are of the token before (None: none), the scale of q k, and Runtime's path.
+# A layer's attention: how many keys before its own a query sees, make_mask's mask, (cos, sin)
+# [T, 1, Dh/2], which key channels [Dh] are of the token before (None: none), the scale of q k, and
+# Runtime's path.
 AttentionSpec = namedtuple("AttentionSpec", "window mask rope from_before scale path")
 
 # What a forward pass needs beside weights and tokens (GPT.specs): the order of the layers, how
@@ -835,17 +826,15 @@ class Attention(nn.Module):
         return self.proj(y.reshape(B, T, D))
 
 class MLP(nn.Module):
-    """SwiGLU (slowrun: -0.014), or squared ReLU."""
+    """SwiGLU (slowrun: -0.014 against squared ReLU)."""
     def __init__(self, config):
         super().__init__()
-        self.gate = Linear(config.model_dim, config.mlp_dim) if config.swiglu else None
+        self.gate = Linear(config.model_dim, config.mlp_dim)
         self.fc = Linear(config.model_dim, config.mlp_dim)
         self.proj = Linear(config.mlp_dim, config.model_dim)
 
     def forward(self, x):
-        h = self.fc(x)
-        h = F.relu(h).square() if self.gate is None else F.silu(self.gate(x)) * h
-        return self.proj(h)
+        return self.proj(F.silu(self.gate(x)) * self.fc(x))
 
 class Block(nn.Module):
     def __init__(self, config, has_value_projection):
@@ -1253,7 +1242,8 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self, lr_multiplier=1.0, wd_multiplier=1.0, momentum=None):
-        """One update from the parameters' .grad, which it clears."""
+        """One update from the parameters' .grad, which it clears. Returns this process's part of
+        the square of the norm of the whole gradient, before it is clipped."""
         self.steps += 1
         momentum = self.config.momentum if momentum is None else momentum
         gradients = []
@@ -1263,8 +1253,12 @@ class MuonAdamW:
             gradients.append(grad)
             for p in group.params:
                 p.grad = None
+        square = sum(torch.linalg.vector_norm(grad).square() * group.is_mine
+                     for group, grad in zip(self.groups, gradients))
         if self.config.grad_clip:
-            self.clip(gradients)
+            length = self.runtime.all_reduce(square.clone()).sqrt()
+            for grad in gradients:
+                grad *= (self.config.grad_clip / (length + 1e-6)).clamp(max=1)
         updated = []
         for group, grad in zip(self.groups, gradients):
             row = group.row
@@ -1278,14 +1272,7 @@ class MuonAdamW:
             self.runtime.broadcast(p, group.owner)
             for old, new in zip(group.params, p if group.kind.stacked else [p]):
                 old.copy_(new)
-
-    def clip(self, gradients):
-        """Scale gradients, in place, so that the norm of all is at most grad_clip."""
-        square = sum(grad.float().square().sum() * group.is_mine
-                     for group, grad in zip(self.groups, gradients))
-        length = self.runtime.all_reduce(square).sqrt()
-        for grad in gradients:
-            grad *= (self.config.grad_clip / (length + 1e-6)).clamp(max=1)
+        return square
 
 # ==== Schedules: pure functions of progress, the part of the steps that is done =========
 def base_multiplier(config, progress):
@@ -1351,7 +1338,7 @@ def fit_mixture(logps, iterations=3000, tolerance=1e-5):
     return weights / weights.sum()
 
 def learned_mixture(members, other=None):
-    """({"val": loss, "holdout": loss}, weights) of the mixture that is fitted on selection.
+    """({split: loss}, weights) of the mixture that is fitted on selection.
     members: a list of {split: log p(target)}; other: an OtherMember that joins them."""
     logps = {split: [member[split] for member in members] for split in members[0]}
     if other is not None:
@@ -1360,8 +1347,7 @@ def learned_mixture(members, other=None):
     by_token = dict.fromkeys(logps, weights)
     if other is not None and other.weigh:       # by the context of each token
         by_token = other.weigh(logps, weights)
-    losses = {split: mean_loss(mixture_logp(logps[split], by_token[split]))
-              for split in ("val", "holdout")}
+    losses = {split: mean_loss(mixture_logp(logps[split], by_token[split])) for split in logps}
     return losses, [round(float(w), 4) for w in weights]
 
 def ensemble_curve(members, others=None):
@@ -1382,14 +1368,6 @@ def ensemble_curve(members, others=None):
             for split, loss in losses.items():
                 point[f"{split}_loss_{name}"] = loss
     return curve
-
-def count_ngram(config, data):
-    """The n-gram of data/ngram.py, counted on the training tokens, as an OtherMember."""
-    from data.ngram import NGram
-    ngram = NGram(np.concatenate(data.train), config.vocab_size, data.bos, config.ngram_order)
-    return OtherMember(*ngram.score({split: np.concatenate(documents)
-                                     for split, documents in data.scored.items()},
-                                    config.ngram_prior))
 
 # ==== Files: tensors, identity, states ==================================================
 # runs/<id>/run.json: settings and hashes of source and data, which tell what may go on there;
@@ -1456,19 +1434,30 @@ def source_files(config):
     ngram = {"data/ngram.py": ROOT / "data/ngram.py"} if config.ngram_order else {}
     return {"train_gpt.py": Path(__file__), **ngram}
 
-def claim(config, hashes, is_main):
+def run_name(config, overrides):
+    """Of a run without --run_id: track, what differs from it, seed: cpu_dropout0.2_seed3."""
+    usual = {name: TRACKS[config.track].get(name, f.default) for name, f in FIELDS.items()}
+    parts = [f"_{name}{as_text(value)}" for name, value in overrides.items()
+             if name not in (*FREE, "seed") and value != usual[name]]
+    name = config.track + re.sub(r"[^\w.-]+", "-", "".join(parts))
+    if len(name) > 80:      # what is cut off still tells names apart
+        name = f"{name[:72]}-{hashlib.sha256(name.encode()).hexdigest()[:7]}"
+    return f"{name}_seed{config.seed}"
+
+def claim(config, overrides, hashes, runtime):
     """(folder, whether it had a run, lines on what has changed now, lines on all that has, the
     lock to hold on to). UserError, on all processes, if another one is at it or the run was begun
     otherwise."""
     answer, lock = [None], None
-    if is_main:
-        name = config.run_id or time.strftime(f"{config.track}_%Y-%m-%d_%H-%M-%S_seed{config.seed}")
-        folder = ROOT / config.runs_dir / name
+    if runtime.is_main:
+        folder = ROOT / config.runs_dir / (config.run_id or run_name(config, overrides))
+        if not config.run_id and folder.exists():
+            folder = folder.with_name(folder.name + time.strftime("_%Y-%m-%d_%H-%M-%S"))
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w", encoding="utf-8")
         try:        # the system lets go of it when this process ends, however it ends
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            answer = [(config.dtype, folder, *identify(config, folder, hashes))]
+            answer = [(folder, *identify(config, folder, hashes))]
         except BlockingIOError:
             answer = [f"{folder}: this run is under way in another process; wait for it or"
                       " choose another --run_id"]
@@ -1478,10 +1467,7 @@ def claim(config, hashes, is_main):
         dist.broadcast_object_list(answer)
     if isinstance(answer[0], str):
         raise UserError(answer[0])
-    dtype, *facts = answer[0]
-    if dtype != config.dtype:
-        raise UserError(f"processes compute in {dtype} and in {config.dtype}; say which: --dtype")
-    return *facts, lock
+    return *answer[0], lock
 
 def begun_dtype(config):
     """The dtype that `auto` was when the run was begun, wherever that was."""
@@ -1600,10 +1586,9 @@ def peak_memory(device):
 
 class Log:
     """Console, runs/<id>/log.txt and metrics.jsonl. Only the main process writes."""
-    def __init__(self, folder, is_main, every_seconds):
+    def __init__(self, folder, is_main):
         self.folder = folder
         self.is_main = is_main
-        self.every_seconds = every_seconds
         self.last = 0.0
         if is_main:
             self.text = open(folder / "log.txt", "a", encoding="utf-8")
@@ -1617,9 +1602,9 @@ class Log:
                 print(text, flush=True)
 
     def progress(self, text, always=False):
-        """A line for the console, every few seconds."""
+        """A line for the console, every 5 seconds."""
         now = time.monotonic()
-        if self.is_main and (always or now - self.last > self.every_seconds):
+        if self.is_main and (always or now - self.last > 5):
             print(text, flush=True)
             self.last = now
 
@@ -1652,10 +1637,8 @@ def announce(trainer, data, log, overrides, had_run, changes):
     scored = [f"{split} {count_tokens(part):,}" for split, part in data.scored.items()]
     flops = " then ".join(dict.fromkeys(f"{count:.4g}" for count in trainer.flops.values()))
     sizes = [num_parameters(module) / 1e6 for module in (trainer.model, trainer.model.blocks)]
-    distilled = f", kd_alpha {c.kd_alpha} from member {max(2, c.kd_from)} on"
-    distilled = distilled if is_distilled(c, c.num_models) else ""
     for line in (
-            f"track     {c.track}: {c.num_models} model(s) x {c.num_epochs} epochs{distilled}",
+            f"track     {c.track}: {c.num_models} model(s) x {c.num_epochs} epochs",
             *textwrap.wrap(sets, 95, initial_indent="settings  ", subsequent_indent=" " * 10),
             f"data      {c.dataset}: {rows.tokens:,} tokens an epoch in {len(data.train)}"
             f" documents; {', '.join(scored)}",
@@ -1714,7 +1697,8 @@ def summarize(config, data, members, curve, others):
     bits = val_loss / math.log(2) * (count_tokens(data.scored["val"]) - 1)
     return {
         "track": config.track, "final_mixture": config.final_mixture,
-        "val_loss": val_loss, "holdout_loss": curve[-1]["holdout_loss" + suffix],
+        "val_loss": val_loss, "selection_loss": curve[-1].get("selection_loss" + suffix),
+        "holdout_loss": curve[-1]["holdout_loss" + suffix],
         "val_bpb": bits / data.val_bytes if data.val_bytes else None,
         "data_efficiency": data_efficiency(val_loss, data.meta.get("baseline"),
                                            config.train_tokens),
@@ -1752,6 +1736,8 @@ def result_lines(result):
         losses = "".join(f"  {point.get(key, math.nan):8.4f}" for key in columns.values())
         lines.append(f"{point['n']:2d}  {member['val_loss']:8.4f}{losses}")
     bpb = f"{result['val_bpb']:.4f}" if result["val_bpb"] else "n/a"
+    chosen_on = result.get("selection_loss")        # results of earlier versions have none
+    selection = f", selection {chosen_on:.4f}" if chosen_on else ""
     multiples = {kind: value if value == "n/a" else f"{value}x"
                  for kind, value in result["data_efficiency"].items()}
     times = ", ".join(f"{kind} {minutes(result[f'{kind}_seconds'])}"
@@ -1759,7 +1745,7 @@ def result_lines(result):
     over = "; OVER the track's time limit" if result["over_time_limit"] else ""
     return lines + [
         "", f"result           val loss {result['val_loss']:.4f} ({result['final_mixture']}"
-        f" mixture), {bpb} bits per byte, holdout {result['holdout_loss']:.4f}",
+        f" mixture), {bpb} bits per byte{selection}, holdout {result['holdout_loss']:.4f}",
         f"data efficiency  {multiples['one_epoch']} against the one-epoch baseline,"
         f" {multiples['tuned']} against the tuned baseline",
         f"time             {times}{over}",
@@ -1927,19 +1913,19 @@ class Trainer:
         return chunked_loss(hidden.flatten(0, 1), self.model.head.weight,
                             targets.flatten(0, 1), teacher, spec, self.chunk_function)
 
-    def score_splits(self, data):
-        """{split: log p(target)} of the model as it is, in its last stage."""
+    def score_splits(self, data, splits=None, specs=None):
+        """{split: log p(target)} of the model as it is; None: all splits, the last stage."""
         self.runtime.synchronize()
         start = self.clocks.training()
         self.model.eval()
-        scores = {split: self.score(np.concatenate(documents).astype(np.int64), data.bos)
-                  for split, documents in data.scored.items()}
+        scores = {split: self.score(np.concatenate(data.scored[split]).astype(np.int64),
+                                    data.bos, specs) for split in splits or data.scored}
         self.model.train()
         self.clocks.eval += self.clocks.training() - start
         return scores
 
     @torch.no_grad()
-    def score(self, tokens, bos):
+    def score(self, tokens, bos, specs=None):
         """log p(target) of all but the first of int64 `tokens` [n]: fp32 [n - 1].
         Rows overlap by one token: each is scored exactly once, whatever the world size."""
         config, runtime = self.config, self.runtime
@@ -1955,7 +1941,7 @@ class Trainer:
         for row in range(runtime.rank * share, (runtime.rank + 1) * share, size):
             x = inputs[row:row + size].to(runtime.device)
             y = targets[row:row + size].to(runtime.device).flatten()
-            hidden = self.forward(self.model, x, self.last_specs).flatten(0, 1)
+            hidden = self.forward(self.model, x, specs or self.last_specs).flatten(0, 1)
             for h, t in zip(hidden.split(config.loss_chunk), y.split(config.loss_chunk)):
                 parts.append(self.logprobs(h, weight, t, config.softcap, config.vocab_size))
         logp = runtime.all_gather(torch.cat(parts)).cpu().numpy().astype(np.float32)
@@ -2013,16 +1999,12 @@ def train_member(number, trainer, data, log, states=None, state=None):
         restore_state(state, trainer, member)
         log.say(f"resumed   member {number} after step {member.step}")
     while member.step < rows.num_steps:
-        epochs = math.floor(rows.epoch_of(member.step))
         train_step(trainer, member)
-        is_last = member.step == rows.num_steps
-        if is_last or member.step % config.log_steps == 0:
-            read_losses(trainer, member, log)
+        scored = end_epoch(trainer, member, data)
+        if scored is not None or member.step % config.log_steps == 0:
+            read_losses(trainer, member, log, scored)
         is_due, is_stopped = states.requests(trainer.runtime) if states else (False, False)
-        averaged_from = config.num_epochs - config.average_epochs
-        if math.floor(rows.epoch_of(member.step)) > max(epochs, averaged_from):
-            add_to_average(trainer, member, data)
-        if states and (is_last or is_due or is_stopped):
+        if states and (is_due or is_stopped or member.step == rows.num_steps):
             states.save(*collect_state(trainer, member))
         if is_stopped:
             trainer.runtime.all_reduce(torch.zeros(1))  # torchrun ends all when the first one ends
@@ -2040,11 +2022,11 @@ def train_step(trainer, member):
     progress = member.step / rows.num_steps
     inputs, targets = rows.step(member.step)
     sums = trainer.gradients(inputs, targets, progress, member.distill)
+    sums["grad_square"] = trainer.optimizer.step(
+        lr_multiplier(config, progress), piecewise_linear(config.wd_schedule, progress),
+        momentum_at(config, member.step))
     for name, mean in sums.items():
         member.recent.setdefault(name, []).append(mean)
-    trainer.optimizer.step(lr_multiplier(config, progress),
-                           piecewise_linear(config.wd_schedule, progress),
-                           momentum_at(config, member.step))
     flops = trainer.flops[stage_at(trainer.stages, progress)]
     flops += member.distill * trainer.teacher_flops
     member.flops += flops * rows.batch_rows * rows.seq_len
@@ -2059,12 +2041,14 @@ def member_facts(trainer, member):
     return {"train_loss": member.train_loss, "train_seconds": round(seconds, 3),
             "tokens_per_second": round(tokens / seconds, 1), "mfu": mfu and round(mfu, 4)}
 
-def read_losses(trainer, member, log):
-    """Read the losses of the last steps (which waits for the device); log them, and progress."""
+def read_losses(trainer, member, log, scored):
+    """Read the means of the last steps (which waits for the device); log them, and progress.
+    scored: of end_epoch. The gradient's norm is the root of its mean square."""
     config, runtime, rows = trainer.config, trainer.runtime, member.rows
     means = torch.stack([torch.stack(values).mean() for values in member.recent.values()])
     losses = dict(zip(member.recent, runtime.all_reduce(means).tolist()))
     member.recent = {}
+    losses |= {"grad_norm": losses.pop("grad_square") ** 0.5, **(scored or {})}
     member.train_loss = losses["train_loss"]
     member.check_finite("the loss", member.train_loss)
     facts = member_facts(trainer, member)
@@ -2077,23 +2061,37 @@ def read_losses(trainer, member, log):
     left = a_step * (rows.num_steps - member.step)
     later = a_step * rows.num_steps * (config.num_models - member.number)
     kl = f"  kl {losses['kl']:.3f}" if losses["kl"] else ""
+    selection = f"  selection {scored['selection_loss']:.3f}" if scored else ""
     log.progress(
         f"member {member.number}/{config.num_models}  step {member.step}/{rows.num_steps} "
-        f" epoch {epoch:.1f}/{config.num_epochs}  loss {member.train_loss:.3f}{kl} "
+        f" epoch {epoch:.1f}/{config.num_epochs}  loss {member.train_loss:.3f}{kl}{selection} "
         f" {facts['tokens_per_second']:,.0f} tok/s  MFU {percent(facts['mfu'])}  left"
-        f" {minutes(left)}, run {minutes(left + later)}", always=member.step == rows.num_steps)
+        f" {minutes(left)}, run {minutes(left + later)}", always=scored is not None)
 
-def add_to_average(trainer, member, data):
-    """At the end of one of the last epochs: add weights, or probabilities of the targets."""
+def end_epoch(trainer, member, data):
+    """If a step ends an epoch: {"selection_loss"}, of the stage that was trained, or {}; weights or
+    probabilities of the targets of the last epochs are added to the average. Else None."""
+    config, rows = trainer.config, member.rows
+    epoch = math.floor(rows.epoch_of(member.step))
+    if epoch == math.floor(rows.epoch_of(member.step - 1)):
+        return None
+    scored = {}
+    if "selection" in data.scored:
+        stage = stage_at(trainer.stages, (member.step - 1) / rows.num_steps)
+        scores = trainer.score_splits(data, ["selection"], trainer.specs[stage])
+        scored["selection_loss"] = mean_loss(scores["selection"])
+    if epoch <= config.num_epochs - config.average_epochs:
+        return scored
     values = {}
-    if trainer.config.average == "weights":
+    if config.average == "weights":
         values = {name: p.detach().cpu() for name, p in trainer.model.named_parameters()}
-    elif trainer.config.average == "probs":
+    elif config.average == "probs":
         values = {split: torch.from_numpy(logp).double().exp()
                   for split, logp in trainer.score_splits(data).items()}
     member.ends += 1
-    weight = member.ends if trainer.config.average_recency else 1
+    weight = member.ends if config.average_recency else 1
     add_sums(member.average, {name: weight * value for name, value in values.items()})
+    return scored
 
 def final_scores(trainer, member, data):
     """{split: log p(target)} of what the member ends as; the model gets averaged weights."""
@@ -2207,8 +2205,8 @@ def run(config, overrides):
     micro_batch_rows(config, runtime.world_size)
     config = replace(config, dtype=str(runtime.dtype).removeprefix("torch."))
     data = load_dataset(dataset_folder(config), config)
-    folder, had_run, changes, history, lock = claim(config, data.hashes, runtime.is_main)
-    log = Log(folder, runtime.is_main, config.log_seconds)
+    folder, had_run, changes, history, lock = claim(config, overrides, data.hashes, runtime)
+    log = Log(folder, runtime.is_main)
     path = folder / "result.json"
     result, others = None, {}
     if path.exists():
@@ -2219,7 +2217,8 @@ def run(config, overrides):
         return result
     trainer = Trainer(config, runtime)
     if config.ngram_order and runtime.is_main:
-        others["ngram"] = count_ngram(config, data)
+        from data.ngram import score_ngram
+        others["ngram"] = OtherMember(*score_ngram(config, data))
     announce(trainer, data, log, overrides, had_run, changes)
     states = States(log, config.save_minutes, remember_signals())
     members, scores = train_members(trainer, data, log, states)

@@ -8,6 +8,7 @@ import numpy as np
 SHIFT = np.uint64(16)       # bits of a token in a packed n-gram
 BLOCK = 1 << 20             # targets that are scored at once
 BUCKETS = 16                # of contexts, by NGram.support
+PRIOR = 30                  # tokens that pull the weights of a bucket to those of all tokens
 
 
 class NGram:
@@ -93,6 +94,13 @@ class NGram:
             return {split: table[:, bucket] for split, bucket in buckets.items()}
 
         return {split: self.logprobs(tokens) for split, tokens in splits.items()}, weigh
+
+
+def score_ngram(config, data):
+    """What NGram.score returns of an n-gram counted on the training tokens of a Dataset."""
+    ngram = NGram(np.concatenate(data.train), config.vocab_size, data.bos, config.ngram_order)
+    splits = {split: np.concatenate(documents) for split, documents in data.scored.items()}
+    return ngram.score(splits, PRIOR)
 
 
 def interpolate(lower, wanted, keys, counts, discount, contexts, total, left):

@@ -341,12 +341,8 @@ class SlowModel:
     def block(self, block, x, value, window, offset=False):
         x = x + self.attention(block, rms(x), value, window, offset)
         z = rms(x)
-        inner = self.linear(f"{block}.mlp.fc", z)
-        if self.config.swiglu:
-            gate = self.linear(f"{block}.mlp.gate", z)
-            inner = gate * sigmoid(gate) * inner
-        else:
-            inner = np.maximum(inner, 0) ** 2
+        gate = self.linear(f"{block}.mlp.gate", z)
+        inner = gate * sigmoid(gate) * self.linear(f"{block}.mlp.fc", z)
         return x + self.linear(f"{block}.mlp.proj", inner)
 
     def trunk(self, x, x0):

@@ -12,7 +12,7 @@ import pytest
 from data import ngram
 from data.ngram import BUCKETS, weights_by_bucket
 from helpers import relative_error, small_config
-from train_gpt import (OtherMember, count_ngram, ensemble_curve, fit_mixture, learned_mixture,
+from train_gpt import (OtherMember, ensemble_curve, fit_mixture, learned_mixture,
                        mean_loss, mixture_logp)
 
 
@@ -183,11 +183,12 @@ def test_ensemble_curve_against_full_distributions():
 def test_learned_mixture_is_rounded_for_show_only():
     logps = random_logps(3, 150, seed=5)
     losses, shown = learned_mixture([by_split(logp) for logp in logps])
-    assert set(losses) == {"val", "holdout"}
+    assert set(losses) == {"selection", "val", "holdout"}
     assert shown == [round(weight, 4) for weight in shown]
     assert sum(shown) == pytest.approx(1, abs=2e-4)
     exact = naive_losses(logps, fit_mixture(logps[:, PARTS["selection"]]))
-    assert losses["val"] == pytest.approx(exact["val"], rel=1e-12)
+    for split, loss in losses.items():
+        assert loss == pytest.approx(exact[split], rel=1e-12)
 
 
 def test_learned_weights_see_selection_only():
@@ -390,14 +391,14 @@ def documents_of(tokens):
     return [as_tokens(tokens[a:b]) for a, b in zip(starts, [*starts[1:], len(tokens)])]
 
 
-def test_count_ngram_counts_train_and_scores_the_rest(train, held_out):
+def test_score_ngram_counts_train_and_scores_the_rest(train, held_out):
     data = SimpleNamespace(train=documents_of(train), bos=BOS, scored={
         "selection": documents_of(train[:50]), "val": documents_of(held_out)})
-    member = count_ngram(small_config(vocab_size=VOCAB, ngram_order=3), data)
+    logp, _ = ngram.score_ngram(small_config(vocab_size=VOCAB, ngram_order=3), data)
     expected = ngram_of(train, 3)
     for split, tokens in (("selection", train[:50]), ("val", held_out)):
-        assert np.array_equal(member.logp[split], expected.logprobs(as_tokens(tokens)))
-    assert set(member.logp) == {"selection", "val"}
+        assert np.array_equal(logp[split], expected.logprobs(as_tokens(tokens)))
+    assert set(logp) == {"selection", "val"}
 
 
 def test_there_is_a_bucket_for_the_most_that_can_be_known():
@@ -406,16 +407,16 @@ def test_there_is_a_bucket_for_the_most_that_can_be_known():
 
 
 def test_the_ngram_weighs_by_what_it_knows_of_contexts(train, held_out):
-    """By buckets of its support, fitted on selection with the config's prior."""
+    """By buckets of its support, fitted on selection with the prior."""
     data = SimpleNamespace(train=documents_of(train), bos=BOS, scored={
         "selection": documents_of(train[:90]), "val": documents_of(held_out)})
-    member = count_ngram(small_config(vocab_size=VOCAB, ngram_order=3, ngram_prior=11), data)
-    logps = {split: np.stack([np.full(len(p), -2.0), p]) for split, p in member.logp.items()}
+    scores, weigh = ngram.score_ngram(small_config(vocab_size=VOCAB, ngram_order=3), data)
+    logps = {split: np.stack([np.full(len(p), -2.0), p]) for split, p in scores.items()}
     weights = np.array([0.7, 0.3])
-    found = member.weigh(logps, weights)
+    found = weigh(logps, weights)
     support = {split: ngram_of(train, 3).support(as_tokens(tokens))
                for split, tokens in (("selection", train[:90]), ("val", held_out))}
-    table = weights_by_bucket(logps["selection"], support["selection"], weights, 11)
+    table = weights_by_bucket(logps["selection"], support["selection"], weights, ngram.PRIOR)
     for split, buckets in support.items():
         assert np.array_equal(found[split], table[:, buckets])
     assert not np.allclose(found["val"], weights[:, None])

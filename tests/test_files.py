@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 import train_gpt
 from train_gpt import (
     FIELDS, FREE, Log, Runtime, States, UserError, as_text, begun_dtype, claim, digest, identify,
-    make_config, random_state, read_tensors, remember_signals, set_random_state, source_files,
-    write_json, write_tensors, write_whole)
+    make_config, parse_arguments, random_state, read_tensors, remember_signals, run_name,
+    set_random_state, source_files, write_json, write_tensors, write_whole)
 
 TENSORS = {"a": torch.arange(9.0).view(3, 3), "b": torch.ones(3, dtype=torch.int8)}
 FACTS = {"step": 3}
@@ -243,7 +243,7 @@ def test_a_run_under_way_is_refused_and_a_stale_lock_taken(tmp_path):
     reader, writer = os.pipe()
 
     def hold():
-        *_, lock = claim(toy(tmp_path), {}, True)
+        *_, lock = claim(toy(tmp_path), {}, {}, Runtime())
         os.write(writer, b"held")
         signal.pause()
         return lock
@@ -252,10 +252,10 @@ def test_a_run_under_way_is_refused_and_a_stale_lock_taken(tmp_path):
     try:
         assert os.read(reader, 4) == b"held"
         with pytest.raises(UserError) as error:
-            claim(toy(tmp_path), {}, True)
+            claim(toy(tmp_path), {}, {}, Runtime())
         assert str(tmp_path / "run") in str(error.value) and "under way" in str(error.value)
         assert "\n" not in str(error.value)
-        folder, had_run, *_, lock = claim(replace(toy(tmp_path), run_id="other"), {}, True)
+        folder, had_run, *_, lock = claim(replace(toy(tmp_path), run_id="other"), {}, {}, Runtime())
         assert (folder, had_run) == (tmp_path / "other", False)
         lock.close()
     finally:
@@ -264,16 +264,48 @@ def test_a_run_under_way_is_refused_and_a_stale_lock_taken(tmp_path):
         os.close(reader)
         os.close(writer)
     assert (tmp_path / "run/lock").exists()
-    *facts, lock = claim(toy(tmp_path), {}, True)
+    *facts, lock = claim(toy(tmp_path), {}, {}, Runtime())
     assert facts == [tmp_path / "run", True, [], []]
     lock.close()
 
 
 def test_a_run_without_a_name_gets_one(tmp_path):
-    folder, *facts, lock = claim(replace(toy(tmp_path), run_id="", seed=7), {}, True)
-    lock.close()
-    assert folder.parent == tmp_path and facts == [False, [], []]
-    assert folder.name.startswith("cpu_2") and folder.name.endswith("_seed7")
+    """By what differs from the track, and by the time only where that name is taken."""
+    config = make_config("cpu", runs_dir=str(tmp_path), seed=7, dropout=0.2)
+    names = []
+    for _ in range(2):
+        folder, *facts, lock = claim(config, {"seed": 7, "dropout": 0.2}, {}, Runtime())
+        lock.close()
+        assert folder.parent == tmp_path and facts == [False, [], []]
+        names.append(folder.name)
+    assert names[0] == "cpu_dropout0.2_seed7"
+    assert re.fullmatch(r"cpu_dropout0\.2_seed7_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", names[1])
+
+
+@pytest.mark.parametrize("arguments, name", [
+    ("", "cpu_seed1"),
+    ("--seed=3 --dropout=0.20", "cpu_dropout0.2_seed3"),
+    ("--track=mini --num_models=2 --compile=false", "mini_num_models2_compilefalse_seed1"),
+    ("--num_models=4 --dropout=0 --weight_decay=1.0", "cpu_seed1"),     # as the track has them
+    ("--runs_dir=x --save_minutes=1 --device_batch_size=2", "cpu_seed1"),
+    ("--wd_schedule=0:1,1:0.5 --window_schedule=", "cpu_wd_schedule0-1-1-0.5_window_schedule_seed1"),
+    ("--preset=toy --dataset=/a/b", "cpu_presettoy_dataset-a-b_seed1"),
+])
+def test_names_of_runs(arguments, name):
+    values = parse_arguments(arguments.split())
+    config = make_config(values.pop("track", "cpu"), **values)
+    found = run_name(config, {field: getattr(config, field) for field in values})
+    assert found == name
+    assert make_config("cpu", run_id=found)             # may be typed
+
+
+def test_long_names_are_cut_and_still_differ():
+    names = set()
+    for last in (0.9, 0.8):
+        config = make_config("cpu", wd_schedule=tuple((i / 40, last) for i in range(40)))
+        names.add(run_name(config, {"wd_schedule": config.wd_schedule}))
+    assert len(names) == 2 and all(len(name) < 90 for name in names)
+    assert all(name.startswith("cpu_wd_schedule0-") for name in names)
 
 
 # ==== The run's identity ========================================================================
@@ -442,7 +474,7 @@ def test_a_torn_run_json_is_one_line(text, tmp_path):
     (tmp_path / "run/run.json").write_text(text)
     assert begun_dtype(config) == "auto"
     with pytest.raises(UserError) as error:
-        claim(config, HASHES, True)
+        claim(config, {}, HASHES, Runtime())
     assert "\n" not in str(error.value)
 
 
@@ -452,35 +484,13 @@ def test_auto_stays_the_dtype_that_a_run_was_begun_with(tmp_path):
     """Whatever this machine would choose; a dtype that is typed is compared as other fields are."""
     auto = toy(tmp_path, dtype="auto")
     assert begun_dtype(auto) == "auto"                          # nothing has begun
-    *_, lock = claim(replace(auto, dtype="bfloat16"), HASHES, True)
+    *_, lock = claim(replace(auto, dtype="bfloat16"), {}, HASHES, Runtime())
     lock.close()
     assert begun_dtype(auto) == "bfloat16"
     assert begun_dtype(replace(auto, run_id="")) == "auto"      # a new run
     assert begun_dtype(replace(auto, dtype="float32")) == "float32"
     with pytest.raises(UserError, match=r"dtype=float32 \(was bfloat16\)"):
-        claim(replace(auto, dtype="float32"), HASHES, True)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_processes_of_another_dtype_are_refused(dtype, tmp_path, monkeypatch):
-    """The first one says what it computes in; a machine of another kind would do it otherwise."""
-    config = replace(toy(tmp_path), dtype="bfloat16")
-    said = []
-    monkeypatch.setattr(train_gpt.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(train_gpt.dist, "broadcast_object_list", said.extend)
-    *facts, lock = claim(config, HASHES, True)
-    lock.close()
-
-    def hear(answer):
-        answer[:] = said
-
-    monkeypatch.setattr(train_gpt.dist, "broadcast_object_list", hear)
-    other = replace(config, dtype=dtype)
-    if dtype == "bfloat16":
-        assert claim(other, HASHES, False) == (*facts, None)
-    else:
-        with pytest.raises(UserError, match="compute in bfloat16 and in float32; .*--dtype"):
-            claim(other, HASHES, False)
+        claim(replace(auto, dtype="float32"), {}, HASHES, Runtime())
 
 
 @pytest.mark.parametrize("changes, is_refused", [
@@ -581,10 +591,10 @@ def test_a_finished_run_of_another_source_is_shown_and_kept(arguments, runs, fin
 
 def test_a_finished_run_of_other_settings_is_trained_again_by_who_insists(runs, finished):
     """Its members are kept; the result says so."""
-    code, out, err = go(runs, finished, 2, "--ngram_prior=5", "--allow_changed=true")
+    code, out, err = go(runs, finished, 2, "--embed_lr=0.2", "--allow_changed=true")
     assert (code, err) == (0, "") and "member 2/2 was done" in out
     assert json.loads((finished / "run/result.json").read_text(encoding="utf-8"))["changes"] == [
-        "ngram_prior=5 (was 30), with 2 member(s) done"]
+        "embed_lr=0.2 (was 0.1), with 2 member(s) done"]
 
 
 def test_an_extended_run_is_the_longer_one(runs, finished):
@@ -757,7 +767,7 @@ class TwoProcesses(Runtime):
 def test_a_state_is_due_after_its_minutes_and_only_the_main_process_says_so(tmp_path):
     assert FIELDS["save_minutes"].default == 15
     signals = []
-    states = States(Log(tmp_path, True, 0), 2, signals)
+    states = States(Log(tmp_path, True), 2, signals)
     assert states.requests(Runtime()) == [False, False]
     states.last -= 119
     assert states.requests(Runtime()) == [False, False]
@@ -769,7 +779,7 @@ def test_a_state_is_due_after_its_minutes_and_only_the_main_process_says_so(tmp_
     assert states.requests(Runtime()) == [False, True]
     signals.append(signal.SIGTERM)
     assert states.requests(Runtime()) == [False, True]
-    for states in (States(Log(tmp_path, False, 0), 2, []), States(Log(tmp_path, True, 0), 0, [])):
+    for states in (States(Log(tmp_path, False), 2, []), States(Log(tmp_path, True), 0, [])):
         states.last -= 1e6
         assert states.requests(Runtime()) == [False, False]
 
@@ -780,7 +790,7 @@ def test_requests_are_alike_on_all_processes(other, found, tmp_path):
     """What one process wants, all hear."""
     runtime = TwoProcesses(rank=1, world_size=2)
     runtime.other = other
-    states = States(Log(tmp_path, False, 0), 2, [])
+    states = States(Log(tmp_path, False), 2, [])
     states.last -= 1e6                  # the clock of another process does not count
     assert states.requests(runtime) == found
     states.signals.append(signal.SIGINT)
@@ -788,14 +798,14 @@ def test_requests_are_alike_on_all_processes(other, found, tmp_path):
 
 
 def test_a_state_is_on_the_disk_when_it_has_been_saved(tmp_path):
-    states = States(Log(tmp_path, True, 0), 0, [])
+    states = States(Log(tmp_path, True), 0, [])
     for step in range(3):
         states.save({"a": torch.full((4,), step)}, {"step": step})
         tensors, facts = read_tensors(states.path)
         assert facts == {"step": step} and tensors["a"].tolist() == [step] * 4
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "log.txt", "metrics.jsonl", "state.safetensors"]
-    States(Log(tmp_path, False, 0), 0, []).save(TENSORS, {"step": 9})
+    States(Log(tmp_path, False), 0, []).save(TENSORS, {"step": 9})
     assert read_tensors(states.path)[1] == {"step": 2}      # the main process writes alone
 
 

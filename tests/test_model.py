@@ -191,10 +191,9 @@ MODELS = {
     "no value projections": (dict(value_projections=False), {}),
     "no gates": (dict(attn_gate=False), {}),
     "no QK norm": (dict(qk_norm=False), {}),
-    "squared ReLU": (dict(swiglu=False), {}),
     "nothing": (
         dict(unet=False, resid_init=0.0, x0_init=0.0, value_projections=False, attn_gate=False,
-             swiglu=False, qk_norm=False, softcap=0.0, window_pattern="L", mtp_weight=0.0),
+             qk_norm=False, softcap=0.0, window_pattern="L", mtp_weight=0.0),
         dict(windows=(12,) * 4)),
     "half RoPE": (dict(rope_fraction=0.5), {}),
     "half RoPE, key offset": (dict(rope_fraction=0.5, key_offset=True), {}),
@@ -340,7 +339,6 @@ def test_activations_have_the_dtype_and_weights_are_fp32():
 # field: its value when on, when off, the parameters that it then lacks, and what they are where
 # the technique does nothing
 TECHNIQUES = {
-    "swiglu": (True, False, r".*mlp\.gate\.weight", None),
     "resid_init": (1.0, 0.0, "resid_lambdas", 1.0),
     "x0_init": (0.1, 0.0, "x0_lambdas", 0.0),
     "unet": (True, False, "skip_lambdas", 0.0),

@@ -29,7 +29,6 @@ CASES = {
     "plain": ("mini", {}, "loss"),
     "one micro-batch": ("mini", dict(device_batch_size=8), "loss"),
     "activations": ("mini", dict(**DEEP, seq_len=256), "backward"),
-    "squared ReLU": ("mini", dict(**DEEP, seq_len=256, swiglu=False), "backward"),
     "masks and dropout": ("mini", dict(**DEEP, seq_len=512, batch_rows=2, device_batch_size=1,
                                        window_pattern="S", dropout=0.2), "backward"),
     "teacher": ("mini", dict(kd_alpha=0.5, loss_chunk=512), "loss"),

@@ -30,7 +30,7 @@ def teeth(first, epochs):
 SHARED = dict(
     train_tokens=100_000_000, selection_tokens=132_000, vocab_size=50257, seq_len=2048,
     batch_rows=256, edge_batch_rows=0, num_models=1, num_layers=30, model_dim=1792, num_heads=14,
-    mlp_multiple=256, swiglu=True, resid_init=1.0, x0_init=0.1, unet=True, value_projections=True,
+    mlp_multiple=256, resid_init=1.0, x0_init=0.1, unet=True, value_projections=True,
     attn_gate=True, xsa=False, iha=True, window_pattern="SSSL", window_schedule=(), loop_start=15,
     loop_end=20, loop_count=3, recurrence_from=0.0, mtp_weight=0.3, lr_warmdown=0.2, lr_power=0.5,
     lr_floor=0.0, sawtooth_floor=0.05, weight_decay=1.3, matrix_lr=0.01, embed_lr=0.0375,

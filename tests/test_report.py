@@ -67,8 +67,9 @@ def test_without_a_baseline_there_is_no_data_efficiency(baseline):
 # ==== The result ================================================================================
 CURVE = [{"n": 1, "val_loss": 3.25, "holdout_loss": 3.5, "val_loss_learned": 3.125,
           "holdout_loss_learned": 3.0, "val_loss_ngram": 2.75, "holdout_loss_ngram": 2.5},
-         {"n": 2, "val_loss": 3.0, "holdout_loss": 3.375, "val_loss_learned": 2.875,
-          "holdout_loss_learned": 2.8125, "val_loss_ngram": 2.625, "holdout_loss_ngram": 2.375}]
+         {"n": 2, "val_loss": 3.0, "holdout_loss": 3.375, "selection_loss": 3.125,
+          "val_loss_learned": 2.875, "holdout_loss_learned": 2.8125, "selection_loss_learned": 2.5,
+          "val_loss_ngram": 2.625, "holdout_loss_ngram": 2.375, "selection_loss_ngram": 2.25}]
 MEMBERS = [{"val_loss": 3.25}, {"val_loss": 3.0625}]
 
 
@@ -86,10 +87,11 @@ def summary(mixture="ngram", val_bytes=16, curve=CURVE):
 
 
 @pytest.mark.parametrize("mixture, losses", [
-    ("uniform", (3.0, 3.375)), ("learned", (2.875, 2.8125)), ("ngram", (2.625, 2.375))])
+    ("uniform", (3.0, 3.375, 3.125)), ("learned", (2.875, 2.8125, 2.5)),
+    ("ngram", (2.625, 2.375, 2.25))])
 def test_summary_has_the_declared_mixture_of_all_members(mixture, losses):
     result = summary(mixture)
-    assert (result["val_loss"], result["holdout_loss"]) == losses
+    assert tuple(result[f"{split}_loss"] for split in ("val", "holdout", "selection")) == losses
     assert result["final_mixture"] == mixture
     assert result["val_bpb"] == pytest.approx(losses[0] / math.log(2) / 4)
     assert result["others"]["ngram"] == {"val_loss": pytest.approx(1.5 * math.log(2)),
@@ -104,7 +106,8 @@ def test_result_lines_by_hand():
         " 1    3.2500    3.2500    3.1250    2.7500    3.5000",
         " 2    3.0625    3.0000    2.8750    2.6250    3.3750",
         "",
-        "result           val loss 2.6250 (ngram mixture), 0.9468 bits per byte, holdout 2.3750",
+        "result           val loss 2.6250 (ngram mixture), 0.9468 bits per byte, selection 2.2500,"
+        " holdout 2.3750",
         "data efficiency  n/a against the one-epoch baseline, n/a against the tuned baseline",
         "time             train 62:05, compile 0:59, eval 0:00, wall 65:00",
         "speed            1,234,568 tokens/s, MFU 43.2%, peak memory 3,072 MiB"]
@@ -190,7 +193,7 @@ def test_a_cpu_has_a_name_but_no_known_peak():
 
 # ==== Log =======================================================================================
 def test_log_writes_text_numbers_and_console(tmp_path, capsys):
-    log = Log(tmp_path, True, 5)
+    log = Log(tmp_path, True)
     log.say("both")
     log.say("log only", console=False)
     log.metrics(member=1, loss=math.pi, rate=1e-12)
@@ -201,12 +204,12 @@ def test_log_writes_text_numbers_and_console(tmp_path, capsys):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"member": 1, "loss": math.pi, "rate": 1e-12}, {"member": 2, "loss": 0.5}]
-    Log(tmp_path, True, 5).say("later")         # a run that goes on adds to its files
+    Log(tmp_path, True).say("later")         # a run that goes on adds to its files
     assert (tmp_path / "log.txt").read_text().endswith("loss:0.5\nlater\n")
 
 
 def test_other_processes_say_nothing(tmp_path, capsys):
-    log = Log(tmp_path, False, 0)
+    log = Log(tmp_path, False)
     log.say("text")
     log.progress("text", always=True)
     log.metrics(loss=1.0)
@@ -216,7 +219,7 @@ def test_other_processes_say_nothing(tmp_path, capsys):
 def test_progress_is_shown_every_few_seconds_and_never_logged(tmp_path, capsys, monkeypatch):
     now = iter([100, 101, 104.9, 105.1, 106, 107, 111.9, 112.1])
     monkeypatch.setattr(train_gpt.time, "monotonic", lambda: next(now))
-    log = Log(tmp_path, True, 5)
+    log = Log(tmp_path, True)
     for text in "abcde":
         log.progress(text)
     log.progress("f", always=True)              # from here on 5 seconds are waited again
@@ -242,7 +245,7 @@ OVERRIDES = {"num_epochs": 3, "num_layers": 3}
 def announced(trainer, data, folder, had_run=False, changes=()):
     """log.txt of announce."""
     folder.mkdir()
-    announce(trainer, data, Log(folder, True, 5), OVERRIDES, had_run, list(changes))
+    announce(trainer, data, Log(folder, True), OVERRIDES, had_run, list(changes))
     return (folder / "log.txt").read_text(encoding="utf-8")
 
 
@@ -270,14 +273,6 @@ def test_plan_by_hand(small, tmp_path, capsys):
     assert plan[5].startswith("estimate  train 0:00 if it makes ")
     assert plan[6:] == [f"folder    {tmp_path / 'run'}", "data      2 documents left out",
                         "compile   off: a note", ""]
-
-
-def test_plan_names_the_first_distilled_member(small, tmp_path, capsys):
-    for number, (kd_from, first) in enumerate(((1, 2), (2, 2), (3, 3))):
-        trainer = random_trainer(kd_alpha=0.25, kd_from=kd_from, num_models=4)
-        announced(trainer, small[1], tmp_path / f"run{number}")
-        assert f"4 model(s) x 2 epochs, kd_alpha 0.25 from member {first} on\n" in (
-            capsys.readouterr().out)
 
 
 def test_estimate_by_hand(monkeypatch):

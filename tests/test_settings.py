@@ -103,9 +103,9 @@ def test_text_of_values(value, text):
 
 @pytest.mark.parametrize("name, text, value", [
     ("seed", "3", 3), ("train_tokens", "100_000", 100_000), ("dropout", "0.5", 0.5),
-    ("dropout", "1", 1.0), ("adam_eps", "1e-8", 1e-8), ("swiglu", "true", True),
-    ("swiglu", "True", True), ("swiglu", "1", True), ("swiglu", "FALSE", False),
-    ("swiglu", "0", False), ("run_id", "", ""), ("run_id", "a=b", "a=b"),
+    ("dropout", "1", 1.0), ("adam_eps", "1e-8", 1e-8), ("qk_norm", "true", True),
+    ("qk_norm", "True", True), ("qk_norm", "1", True), ("qk_norm", "FALSE", False),
+    ("qk_norm", "0", False), ("run_id", "", ""), ("run_id", "a=b", "a=b"),
     ("wd_schedule", "0:1,0.5:2", ((0.0, 1.0), (0.5, 2.0))), ("wd_schedule", "", ()),
     ("window_schedule", "0:0.25:0.5", ((0.0, 0.25, 0.5),))])
 def test_value_of_a_text(name, text, value):
@@ -117,7 +117,7 @@ def test_value_of_a_text(name, text, value):
 @pytest.mark.parametrize("name, words, texts", [
     ("seed", "a whole number", ["", "x", "2.5", "1e3", "0x10", "true", "9" * 5000]),
     ("dropout", "a number", ["", "x", "1,5", "true", "0.1.2"]),
-    ("swiglu", "true or false", ["", "yes", "2", "maybe", "on", "1.0"]),
+    ("qk_norm", "true or false", ["", "yes", "2", "maybe", "on", "1.0"]),
     ("wd_schedule", "0:1,0.5:0.1", ["5", "0", "0:1:2", "0:x", "half:1", "0:1;1:2", "0:nan",
                                     "0:inf", "0:-1", "-1:1", "0:1,1"]),
     ("window_schedule", "0:0.25:0.5", ["abc", "0:1", "0:1:1:1", "0:0.5:-1"])])
@@ -157,7 +157,7 @@ def test_a_field_that_is_given_twice_is_refused(one, two, capsys):
 @pytest.mark.parametrize("argument", ["--seed", "seed=3", "-seed=3", "3", "", "--"])
 def test_argument_that_is_none(argument):
     with pytest.raises(UserError) as error:
-        parse_arguments(["--swiglu=true", argument])
+        parse_arguments(["--qk_norm=true", argument])
     assert repr(argument) in str(error.value)
     assert "--help" in str(error.value)
 
@@ -230,10 +230,9 @@ def test_padded_vocabulary(vocab, padded):
 @pytest.mark.parametrize("changes, width", [
     (dict(model_dim=1792, mlp_multiple=256), 4864), (dict(model_dim=1024, mlp_multiple=256), 2816),
     (dict(model_dim=96, num_heads=4, mlp_multiple=256), 256),    # 8/3 * 96, not one more
-    (dict(model_dim=98, num_heads=7, mlp_multiple=1), 262),
-    (dict(model_dim=64, swiglu=False), 256)], ids=str)
+    (dict(model_dim=98, num_heads=7, mlp_multiple=1), 262)], ids=str)
 def test_width_of_the_mlp(changes, width):
-    assert make_config("cpu", **{"swiglu": True, "num_heads": 2, **changes}).mlp_dim == width
+    assert make_config("cpu", **{"num_heads": 2, **changes}).mlp_dim == width
 
 
 # ==== Refusals: one line, exit code 2, nothing written ==========================================
@@ -277,7 +276,7 @@ def refused(tmp_path):
     (["--selection_tokens=4600"], ["--selection_tokens=4600", "more than half", "lower"]),
     (["--model_dim=16"], ["--model_dim=16", "from 32"]),
     (["--train_tokens=1"], ["--train_tokens=1", "from 2"]),
-    (["--train_tokens=2", "--selection_tokens=1"], ["2 of the 2 tokens", "only 0 works"]),
+    (["--train_tokens=2", "--selection_tokens=1"], ["2 of the 2 tokens", "to 0 if the first alone is"]),
     (["--subset_fraction=0.5"], ["field 'subset_fraction'"]),
     (["--loop_start=0", "--loop_count=2", "--loop_from_epoch=9", "--num_epochs=9"],
      ["--loop_from_epoch=9", "--num_epochs=9", "--loop_count=1"]),

@@ -21,14 +21,13 @@ import torch
 from safetensors.torch import load_file
 
 import _runs
-import ablate
 import baseline
 import logit_average
 import mix
 import plot
 import sample
 import train_gpt
-from data.ngram import NGram
+from data.ngram import PRIOR, NGram
 from helpers import (BOS, ROOT, SCRIPT, TINY, VOCAB, SlowModel, clean_environment, last_of_each,
                      make_dataset, python, random_model, random_tokens, saved_logps, small_config,
                      train)
@@ -138,7 +137,7 @@ def test_config_comes_back_as_it_was(track, preset, tmp_path, capsys):
 def test_what_is_no_result_is_one_line(text, message, tmp_path):
     if text is not None:
         (tmp_path / "result.json").write_text(text)
-    for module in (sample, plot, mix, logit_average):
+    for module in (sample, mix, logit_average):
         error = complaint(module, tmp_path)
         assert message in error and str(tmp_path) in error
 
@@ -360,24 +359,6 @@ def test_what_sample_cannot_do_is_one_line(runs, tmp_path, monkeypatch):
     assert len(said(sample, runs.one.folder)) > 100             # is not needed here
 
 
-def test_plot_draws_members_and_ensembles(runs, monkeypatch):
-    figures = pytest.importorskip("matplotlib.figure")
-    drawn = []
-    savefig = figures.Figure.savefig
-    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, path, **options: drawn.append(
-        figure.axes[0].lines) or savefig(figure, path, **options))
-    for run in (runs.one, runs.two):
-        path = run.folder / "progress.png"
-        assert said(plot, run.folder) == f"{path}\n"
-        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    for run, lines in zip((runs.one, runs.two), drawn):
-        for line, part in zip(lines, ("members", "ensemble"), strict=True):
-            losses = [point["val_loss"] for point in run.result[part]]
-            assert line.get_xydata().tolist() == [[n, y] for n, y in enumerate(losses, 1)]
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install -r tools/requirements.txt" in complaint(plot, runs.one.folder)
-
-
 def test_logit_average_against_a_loop():
     models = [random_model(small_config(), seed=seed) for seed in (1, 2, 3)]
     tokens = random_tokens(models[0].config, 2, 9)
@@ -460,13 +441,13 @@ def test_mixture_with_an_ngram_has_weights_by_bucket(runs, tmp_path):
     data = load_dataset(ROOT / config.dataset, config)
     ngram = NGram(np.concatenate(data.train), config.vocab_size, data.bos, 3)
     tokens = {split: np.concatenate(documents) for split, documents in data.scored.items()}
-    ngram_logp, _ = ngram.score(tokens, config.ngram_prior)
+    ngram_logp, _ = ngram.score(tokens, PRIOR)
     buckets = {split: ngram.support(part) for split, part in tokens.items()}
     members = [*saved_logps(runs.one), *saved_logps(runs.two), ngram_logp]
     common = most_probable_weights([member["selection"] for member in members])
     weights = {bucket: most_probable_weights(
         np.array([member["selection"] for member in members])[:, buckets["selection"] == bucket],
-        config.ngram_prior, common) for bucket in range(16)}
+        PRIOR, common) for bucket in range(16)}
     assert sum((buckets["selection"] == bucket).any() for bucket in weights) > 4
     for split in ("val", "holdout"):
         by_token = np.transpose([weights[bucket] for bucket in buckets[split]])
@@ -497,7 +478,7 @@ def test_mixture_costs_what_its_runs_cost_and_is_a_finished_run(runs, tmp_path):
     assert result["tokens_per_second"] == pytest.approx(tokens / result["train_seconds"], rel=1e-3)
     assert result["peak_memory_bytes"] == max(part["peak_memory_bytes"] for part in parts)
     assert result["runs"] == [str(run.folder) for run in (runs.one, runs.two)]
-    assert said(plot, tmp_path / "mix").endswith("progress.png\n")
+    assert said(plot, tmp_path / "mix").endswith("plot.png\n")
     assert "members/001" in complaint(mix, tmp_path / "mix", f"--out={tmp_path / 'again'}")
 
 
@@ -646,7 +627,7 @@ def test_baseline_is_stored_and_not_measured_again(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "data/prose", dataset)
     before = json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
     small = ["--train_tokens=4000", "--num_layers=1", f"--dataset={dataset}"]
-    arguments = ["--track=cpu", *TINY, *small, f"--runs_dir={runs}", "--log_seconds=100",
+    arguments = ["--track=cpu", *TINY, *small, f"--runs_dir={runs}",
                  "--matrix_lr=0.1", "--embed_lr=0.3", "--head_lr=0.01"]     # overfits soon
     said(baseline, *arguments)
     meta = json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
@@ -686,7 +667,7 @@ def test_baseline_measures_again_what_was_measured_otherwise(tmp_path):
     settings = baseline.Runs(config, runtime, log).settings
     run = dict(zip(baseline.KEY, (9000, 1, 0.1, True, False)), selection=5.0, val=6.0)
     (tmp_path / "runs.jsonl").write_text(json.dumps({**run, "settings": settings}) + "\n")
-    for changes, count in ((dict(run_id="r", log_seconds=9, time_limit=9), 1),
+    for changes, count in ((dict(run_id="r", save_minutes=9, time_limit=9), 1),
                            (dict(unet=True, qk_norm=True), 1), (dict(matrix_lr=0.5), 0),
                            (dict(seed=3), 0), (dict(train_tokens=8000), 0)):
         again = baseline.Runs(replace(config, **changes), runtime, log)
@@ -700,166 +681,3 @@ def test_baseline_needs_a_selection(tmp_path):
     error = complaint(baseline, "--track=mini", *TINY, "--selection_tokens=0",
                       f"--runs_dir={tmp_path}")
     assert "--selection_tokens=0" in error
-
-
-# ==== ablate ====================================================================================
-OFF, ON = "softcap=3", "softcap=7"      # settings that no track has
-
-
-@pytest.fixture
-def results(tmp_path, monkeypatch):
-    """write(flags, seed, selection): one finished run; its val loss is higher by 1."""
-    monkeypatch.setattr(ablate, "RESULTS", tmp_path / "ablations.jsonl")
-
-    def write(flags, seed, selection, ensemble=False):
-        line = dict(settings=ablate.settings_of(flags), flags=flags, seed=seed, ensemble=ensemble,
-                    selection=selection, val=selection + 1)
-        with open(ablate.RESULTS, "a", encoding="utf-8") as file:
-            print(json.dumps(line), file=file)
-    return write
-
-
-@pytest.fixture
-def stored():
-    """The lines of tools/ablations.jsonl, if the track is the one that they were measured on."""
-    lines = ablate.RESULTS.read_text(encoding="utf-8").splitlines()
-    found = [json.loads(line) for line in lines]
-    if not {run["settings"] for run in found} & set(map(ablate.settings_of, ablate.BASES[:2])):
-        pytest.skip("the cpu track has changed since: new BASES are needed, and new runs")
-    return found
-
-
-@pytest.mark.parametrize("name", ablate.TECHNIQUES)
-def test_row_flips_something(name):
-    off, on, _ = ablate.TECHNIQUES[name]
-    assert ablate.settings_of(off) != ablate.settings_of(on)
-    for base in ablate.BASES:
-        joined = [ablate.join(base, flags) for flags in (off, on)]
-        assert len(set(map(ablate.settings_of, joined))) == 2
-
-
-def test_rows_differ_from_the_track_in_one_way(stored):
-    neither = [name for name, (off, on, _) in ablate.TECHNIQUES.items()
-               if ablate.config("") not in (ablate.config(off), ablate.config(on))]
-    assert not neither
-
-
-def test_stored_runs_belong_to_rows(stored):
-    """The table is made of them: settings that nothing asks for would be lost there."""
-    asked = {ablate.settings_of(ablate.join(base, flags)) for base in ablate.BASES
-             for row in ablate.TECHNIQUES.values() for flags in row[:2]}
-    assert {run["settings"] for run in stored} <= asked
-    assert all(ablate.settings_of(run["flags"]) == run["settings"] for run in stored)
-    assert len({(run["settings"], run["seed"], run["ensemble"]) for run in stored}) == len(stored)
-
-
-def test_rows_of_ensembles_exist():
-    assert set(ablate.ENSEMBLE_ONLY) <= set(ablate.ENSEMBLE) <= set(ablate.TECHNIQUES)
-
-
-def test_settings_do_not_depend_on_free_fields_or_writing(monkeypatch):
-    same = ablate.settings_of(f"{ON} wd_schedule=0:1,1:2 dropout=0.25")
-    assert same == ablate.settings_of("dropout=.250 softcap=7.0 wd_schedule=1:2.0,0:1")
-    config = ablate.config("")
-    as_it_is = " ".join(f"{name}={as_text(getattr(config, name))}"
-                        for name in ("embed_lr", "window_schedule", "swiglu", "num_layers"))
-    assert same == ablate.settings_of(f"{as_it_is} {ON} wd_schedule=0:1,1:2 dropout=0.25")
-    assert ablate.join("dtype=float32", as_it_is) == "dtype=float32"
-    assert ablate.join("dtype=float32", ON) == f"dtype=float32 {ON}"
-    text = {str: "other", bool: "true", int: "7", float: "7"}
-    free = " ".join(f"{name}={text[FIELDS[name].type]}" for name in FREE)
-    assert ablate.settings_of("") == ablate.settings_of(free)
-    others = ["seed=77", "embed_lr=0.77", "swiglu=false", "swiglu=true", OFF, ON,
-              "second_weight=0:0.77", "dtype=float32", "dtype=bfloat16"]
-    assert len(set(map(ablate.settings_of, others))) == len(others)
-
-
-def test_settings_do_not_depend_on_new_fields_that_are_off(monkeypatch):
-    values = asdict(ablate.config(ON))
-    off = dict(new_rate=0.0, new_count=0, new_switch=False, new_schedule=(), new_way="")
-    hashes = []
-    for config in (Config(**values), LongerConfig(**values, **off),
-                   LongerConfig(**values, **{**off, "new_switch": True})):
-        monkeypatch.setattr(ablate, "config", mock.Mock(return_value=config))
-        hashes.append(ablate.settings_of.__wrapped__(ON))
-    assert hashes[0] == hashes[1] != hashes[2]
-
-
-def test_difference_is_paired_by_seed_and_base(results):
-    """Mean and standard error of on minus off; a run without its like does not count."""
-    first, second = ablate.BASES[:2]
-    for seed, off, on in ((1, 5.0, 5.5), (2, 6.0, 6.1), (3, 7.0, None)):
-        results(f"{first} {OFF}", seed, off)
-        if on:
-            results(f"{first} {ON}", seed, on)
-    results(f"{second} {ON}", 3, 9.0)           # of another base
-    assert ablate.difference(ablate.finished(), OFF, ON, False) == (["+0.3000 ± 0.2000"] * 2, 2)
-    assert ablate.difference(ablate.finished(), ON, OFF, False) == (["-0.3000 ± 0.2000"] * 2, 2)
-    assert ablate.difference(ablate.finished(), OFF, ON, True) is None
-    results(f"{second} {OFF}", 3, 8.0)
-    assert ablate.difference(ablate.finished(), OFF, ON, False)[1] == 3
-
-
-def test_table_has_the_differences(results, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablate, "TABLE", tmp_path / "table.md")
-    monkeypatch.setattr(ablate, "TECHNIQUES", {"a softcap": (OFF, ON, "-0.5 (#0)"),
-                                               "a dropout": ("dropout=0.6", "dropout=0.7", "")})
-    for seed, ensemble, off, on in ((1, False, 5.0, 5.5), (2, False, 6.0, 6.1), (1, True, 4, 3)):
-        results(f"{ablate.BASES[0]} {OFF}", seed, off, ensemble)
-        results(f"{ablate.BASES[0]} {ON}", seed, on, ensemble)
-    assert said(ablate, "--write") == ""
-    rows = ablate.TABLE.read_text(encoding="utf-8").splitlines()[-2:]
-    assert rows == [
-        "| a softcap | `--softcap=7` | no | +0.3000 ± 0.2000 | +0.3000 ± 0.2000 | 2 | -1.0000 |"
-        " -1.0000 | 1 | -0.5 (#0) |",
-        "| a dropout | `--dropout=0.7` | no | not run | not run | 0 | not run | not run | 0 |  |"]
-
-
-def test_only_missing_runs_are_wanted(results, monkeypatch):
-    """Rows share runs; a pair of any base will do."""
-    monkeypatch.setattr(ablate, "TECHNIQUES", {
-        "one": (OFF, ON, ""), "two": (OFF, "dropout=0.6", ""), "three": (OFF, "seq_len=99", "")})
-    args = argparse.Namespace(only="ONE,two", seeds=1, ensemble=False, dtype="float32")
-    seed = ablate.SEEDS[0]
-    off, one, two = (f"dtype=float32 {flags}" for flags in (OFF, ON, "dropout=0.6"))
-    assert ablate.missing_runs(args) == [(flags, seed, False) for flags in (off, one, two)]
-    results(off, seed, 5.0)
-    results(one, seed, 5.1)
-    assert ablate.missing_runs(args) == [(two, seed, False)]
-    for flags in (OFF, "dropout=0.6"):
-        results(f"{ablate.BASES[-1]} {flags}", seed, 5.2)
-    assert ablate.missing_runs(args) == []
-    args.seeds = 2
-    assert {job[1] for job in ablate.missing_runs(args)} == {ablate.SEEDS[1]}
-
-
-@pytest.mark.parametrize("ensemble", [False, True])
-def test_job_trains_as_told_and_leaves_its_losses(ensemble, results, tmp_path, monkeypatch, capsys):
-    """The equal mixture of a whole job, or one member; of a failure nothing but a line."""
-    commands = []
-    done = SimpleNamespace(returncode=0, stderr="")
-
-    def run(command, **_):
-        commands.append(command)
-        name, = [part.partition("=")[2] for part in command if part.startswith("--run_id=")]
-        folder = tmp_path / "runs" / name
-        folder.mkdir(parents=True)
-        point = dict(selection_loss=4.0, val_loss=5.0, val_loss_learned=1.0)
-        member = dict(selection_loss=6.0, val_loss=7.0)
-        (folder / "result.json").write_text(json.dumps(
-            {"members": [member], "ensemble": [{}, point], "train_seconds": 3}))
-        return done
-    monkeypatch.setattr(ablate, "ROOT", tmp_path)
-    monkeypatch.setattr(ablate, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(ablate.subprocess, "run", run)
-    ablate.train((f"dtype=float32 {ON}", 2, ensemble), threads=1)
-    assert ablate.finished() == {
-        (ablate.settings_of(f"dtype=float32 {ON}"), 2, ensemble): (4, 5) if ensemble else (6, 7)}
-    assert {"--track=cpu", "--seed=2", "--dtype=float32", f"--{ON}"} <= set(commands[0])
-    assert ("--num_models=1" in commands[0]) != ensemble
-    assert not list((tmp_path / "runs").iterdir())
-    capsys.readouterr()
-    done.returncode, done.stderr = 2, "a warning\nerror: too bad\n"
-    ablate.train((OFF, 2, ensemble), threads=1)
-    assert len(ablate.finished()) == 1
-    assert capsys.readouterr().err == f"{OFF}: error: too bad\n"

@@ -16,14 +16,14 @@ import pytest
 import torch
 
 import train_gpt
-from helpers import (BOS, VOCAB, batch, gradients_of, main, make_dataset, random_tokens,
+from helpers import (BOS, VOCAB, batch, gradients_of, losses, main, make_dataset, random_tokens,
                      random_trainer, randomize, relative_error, small_config, train, TINY)
 from train_gpt import (GPT, Clocks, Log, Member, Trainer, UserError, collect_state,
                        load_dataset, make_config, member_facts, micro_batch_rows, parse,
                        read_tensors, restore_state, result_lines, run_costs, start_runtime,
                        train_member, train_step)
 
-SILENT = Log(None, is_main=False, every_seconds=0)
+SILENT = Log(None, is_main=False)
 SMALL_DATA = [f"--vocab_size={VOCAB}", "--train_tokens=2500", "--selection_tokens=300",
               "--eval_tokens=0", "--ngram_order=0", "--final_mixture=uniform"]
 
@@ -514,8 +514,9 @@ class WatchedTrainer(Trainer):
 
         def watched(lr, wd, momentum):
             vars(self.steps[-1]).update(lr=lr, wd=wd, momentum=momentum)
-            step(lr, wd, momentum)
+            square = step(lr, wd, momentum)
             self.steps[-1].after = weights_of(self.model)
+            return square
 
         self.optimizer.step = watched
 
@@ -629,6 +630,96 @@ def test_a_reading_is_the_mean_of_the_steps_since_the_last(small_data, tmp_path)
     assert some.result["val_loss"] == each.result["val_loss"]
 
 
+# ==== The loss on selection by epoch, and the gradient's norm ===================================
+# three epochs of 4.5 steps: windows that grow, then loops, then all runs twice
+BY_EPOCH = ["--num_epochs=3", "--dropout=0.2", "--window_schedule=0:0.25:0.5,0.3:0.5:1",
+            "--loop_start=0", "--loop_end=0", "--loop_count=2", "--loop_from_epoch=1",
+            "--recurrence_from=0.7", "--num_models=2", "--kd_alpha=0.5", "--kd_from=2"]
+
+
+def test_selection_by_epoch_is_that_of_the_state_then(small_data, tmp_path, monkeypatch):
+    """The states that are saved at ends of epochs, scored here by rows, in the stage of the step."""
+    save, states = train_gpt.States.save, {}
+
+    def copied(self, tensors, facts):
+        save(self, tensors, facts)
+        states[facts["number"], facts["step"]] = read_tensors(self.path)[0]
+
+    monkeypatch.setattr(train_gpt.States, "save", copied)
+    run = train(tmp_path, "--track=cpu", f"--dataset={small_data}", *SMALL_DATA, *BY_EPOCH,
+                "--save_minutes=1e-9")
+    readings = [m for m in run.steps if "selection_loss" in m]
+    values = {name: value for name, value in run.result["config"].items() if name != "track"}
+    config = make_config("cpu", **values)
+    data = load_dataset(small_data, config)
+    steps = len(run.steps) // 2
+    assert [m["epoch"] for m in readings] == pytest.approx(2 * [1, 2, 3], abs=0.2)
+    tokens = torch.from_numpy(np.concatenate(data.scored["selection"]).astype(np.int64))
+    assert len({m["selection_loss"] for m in readings}) == 6
+    for reading in readings:
+        model = GPT(config).eval()
+        state = states[reading["member"], reading["step"]]
+        model.load_state_dict(train_gpt.named("model.", state))
+        stage = train_gpt.stage_at(train_gpt.training_stages(config), (reading["step"] - 1) / steps)
+        total = 0.0
+        for x, y in zip(tokens[:-1].split(config.seq_len), tokens[1:].split(config.seq_len)):
+            with torch.no_grad():
+                logits = model.logits(model(x[None], model.specs(stage, len(x))))[0].double()
+            total += float(torch.nn.functional.cross_entropy(logits, y, reduction="sum"))
+        assert reading["selection_loss"] == pytest.approx(total / (len(tokens) - 1), abs=1e-5)
+    ends = [m["selection_loss"] for m in readings if m["step"] == steps]
+    assert ends == [m["selection_loss"] for m in run.result["members"]]
+
+
+def test_scoring_selection_by_epoch_changes_no_digit(small_data, tmp_path, monkeypatch):
+    arguments = ["--track=cpu", f"--dataset={small_data}", *SMALL_DATA, *BY_EPOCH]
+    scored = train(tmp_path, *arguments)
+    end_epoch = train_gpt.end_epoch
+
+    def without(trainer, member, data):
+        blind = SimpleNamespace(scored={k: v for k, v in data.scored.items() if k != "selection"})
+        return end_epoch(trainer, member, blind)
+
+    monkeypatch.setattr(train_gpt, "end_epoch", without)
+    blind = train(tmp_path, *arguments)
+    assert not any("selection_loss" in m for m in blind.steps)
+    assert losses(scored) == losses(blind)
+    assert sum("selection_loss" in m for m in scored.steps) == 6
+
+
+def test_every_epoch_is_a_reading_and_a_line(small_data, tmp_path):
+    arguments = ["--track=cpu", f"--dataset={small_data}", *SMALL_DATA, *BY_EPOCH,
+                 "--log_steps=1000"]
+    run = train(tmp_path, *arguments)
+    assert [round(m["epoch"]) for m in run.steps] == 2 * [1, 2, 3]
+    shown = re.findall(r"member (\d)/2 .* epoch (\d)\.\d/3 .* selection (\d\.\d{3}) ", run.console)
+    assert shown == [(str(m["member"]), f"{m['epoch']:.1f}"[0], f"{m['selection_loss']:.3f}")
+                     for m in run.steps]
+    other = train(tmp_path, *arguments, "--selection_tokens=0")
+    assert [round(m["epoch"]) for m in other.steps] == 2 * [1, 2, 3]
+    assert not any("selection_loss" in m for m in other.steps)
+    assert other.result["selection_loss"] is None
+    assert "selection" not in other.console.partition("\n\n")[2]
+
+
+@pytest.mark.parametrize("clip", [0, 0.01])
+def test_readings_have_the_norm_of_the_gradient_before_it_is_clipped(
+        clip, small_data, tmp_path, monkeypatch):
+    step, squares = train_gpt.MuonAdamW.step, []
+
+    def watched(self, *schedules):
+        squares.append(sum(p.grad.double().square().sum() for g in self.groups for p in g.params))
+        return step(self, *schedules)
+
+    monkeypatch.setattr(train_gpt.MuonAdamW, "step", watched)
+    run = train(tmp_path, "--track=cpu", f"--dataset={small_data}", *SMALL_DATA, "--num_models=1",
+                "--log_steps=2", f"--grad_clip={clip}")
+    ends = [m["step"] for m in run.steps]
+    for before, reading in zip([0, *ends], run.steps):
+        mean = np.mean(squares[before:reading["step"]])
+        assert reading["grad_norm"] == pytest.approx(mean ** 0.5, rel=1e-5)
+
+
 # ==== Scores ====================================================================================
 @pytest.fixture(scope="module")
 def scorer():
@@ -697,7 +788,7 @@ def random_steps(trainer, snapshots):
     def step(trainer, member):
         randomize(trainer.model, seed=member.step)
         snapshots.append(weights_of(trainer.model))
-        member.recent = {"train_loss": [torch.tensor(1.0)], "kl": [torch.tensor(0.0)]}
+        member.recent = {name: [torch.tensor(1.0)] for name in ("train_loss", "kl", "grad_square")}
         member.step += 1
     return step
 
@@ -711,9 +802,10 @@ def ended(monkeypatch, **changes):
     evaluations = []
     score_splits = trainer.score_splits
 
-    def counted(data):
-        evaluations.append(len(snapshots))
-        return score_splits(data)
+    def counted(data, splits=None, specs=None):
+        if splits is None:      # not for the curve over epochs
+            evaluations.append(len(snapshots))
+        return score_splits(data, splits, specs)
 
     monkeypatch.setattr(train_gpt, "train_step", random_steps(trainer, snapshots))
     monkeypatch.setattr(trainer, "score_splits", counted)

@@ -32,9 +32,9 @@ KEY = "tokens", "epochs", "weight_decay", *TRIED        # what tells runs apart
 # Fields that a plain model has from the track: the machine, the data, the size and the blocks of
 # the model, the optimizer and its rates. All others are off, whatever they are and will be.
 KEPT = """track preset run_id runs_dir seed device dtype compile compile_model time_limit log_steps
-log_seconds save_minutes allow_changed hang_minutes dataset train_tokens selection_tokens
+save_minutes allow_changed hang_minutes dataset train_tokens selection_tokens
 eval_tokens vocab_size seq_len batch_rows device_batch_size num_epochs num_layers model_dim
-num_heads mlp_multiple swiglu embed_init head_init proj_init resid_init x0_init unet
+num_heads mlp_multiple embed_init head_init proj_init resid_init x0_init unet
 value_projections attn_gate qk_norm rope_base rope_fraction key_offset xsa iha window_pattern
 window_schedule softcap matrix_lr embed_lr head_lr x0_lr scalar_lr gate_lr xsa_lr iha_lr adam_beta1
 adam_beta2 adam_eps x0_beta1 xsa_beta1 gate_beta1 gate_beta2 momentum momentum_start momentum_steps
@@ -68,7 +68,7 @@ def measure_baseline(config, overrides):
     folder = ROOT / config.runs_dir / f"baseline_{config.track}"
     folder.mkdir(parents=True, exist_ok=True)
     dataset = dataset_folder(config)
-    log = Log(folder, runtime.is_main, config.log_seconds)
+    log = Log(folder, runtime.is_main)
     runs = Runs(config, runtime, log)
     available = sum((path.stat().st_size - 4 * HEADER_INTS) // 2
                     for path in dataset.glob("*_train_*.bin"))
@@ -133,7 +133,7 @@ class Runs:
         self.log = log
         self.path = log.folder / "runs.jsonl"
         self.trainers = {}      # by the values of TRIED
-        own = ("run_id", "runs_dir", "time_limit", "log_steps", "log_seconds", "save_minutes",
+        own = ("run_id", "runs_dir", "time_limit", "log_steps", "save_minutes",
                "allow_changed", "hang_minutes", *TRIED)
         same = {name: value for name, value in asdict(config).items() if name not in own}
         self.settings = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from _runs import ROOT, load_logp, read_result, run_tool
-from train_gpt import (UserError, count_ngram, dataset_folder, ensemble_curve, fit_mixture,
+from data.ngram import score_ngram
+from train_gpt import (OtherMember, UserError, dataset_folder, ensemble_curve, fit_mixture,
                        load_dataset, result_lines, summarize, write_json)
 
 # fields of which the tokens that are trained on and scored depend
@@ -90,7 +91,7 @@ def mix(folders, keep=0, final_mixture="learned", ngram_order=0):
     kept = heaviest(members, keep)
     members = [members[i] for i in kept]
     facts = [facts[i] for i in kept]
-    others = {"ngram": count_ngram(config, data)} if ngram_order else {}
+    others = {"ngram": OtherMember(*score_ngram(config, data))} if ngram_order else {}
     curve = ensemble_curve(members, others)
     return {**summarize(config, data, facts, curve, others), **costs(results),
             "runs": [str(folder) for folder in folders], "keep": keep,

@@ -100,11 +100,10 @@ def attention_bytes(config, sizes, is_valued, is_masked):
 
 
 def mlp_bytes(config, sizes):
-    """What the MLP of one block keeps: with SwiGLU fc, gate, silu(gate) and their product."""
-    matrices, tensors = (3, 4) if config.swiglu else (2, 2)
+    """What the MLP of one block keeps: its matrices, fc, gate, silu(gate) and their product."""
     total = norm_bytes(sizes) + sizes.hidden                # the norm, its result
-    total += matrices * config.model_dim * config.mlp_dim * sizes.cast
-    total += tensors * sizes.mlp                            # squared ReLU: relu(h) and its square
+    total += 3 * config.model_dim * config.mlp_dim * sizes.cast
+    total += 4 * sizes.mlp
     return total + sizes.hidden * bool(config.dropout and config.mlp_dropout)
 
 
