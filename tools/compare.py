@@ -348,12 +348,12 @@ def compare_groups(groups, base=None, labels=None):
     lines += ["", "val and holdout: losses of the base, differences of the others from it"]
     if len(others) > 1:
         lines.append(f"p is Holm's, for {len(others)} comparisons")
-    best = groups[0]
-    if best is base:
-        return [*lines, "", "nothing is better than the base on selection"]
+    best = next(group for group in groups if group is not base)
     sentence = verdict(found[id(best)]["selection"]._replace(p=corrected[id(best)]),
                        len(pairs_of(best, base)), (len(best), len(base)))
-    return [*lines, "", f"best: {rows[1][0]}: {sentence}"]
+    name = rows[1 + groups.index(best)][0]
+    word = "nothing is better than the base; " if groups[0] is base else "best: "
+    return [*lines, "", f"{word}{name}: {sentence}"]
 
 
 def align(rows):

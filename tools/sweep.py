@@ -90,15 +90,13 @@ def config_of(fields):
 
 
 def flipped(name, off, on, fixed):
-    """The Setting of a row: what it has on is off, or the other way round."""
-    is_on = config_of({**fixed, **on}) == config_of(fixed)
+    """The Setting of a row: on if the runs have it off, else off."""
     is_off = config_of({**fixed, **off}) == config_of(fixed)
-    if is_on == is_off:
-        raise UserError(f"row {name!r}: one of its sides must be as the runs have it anyway, the"
-                        " other not")
-    change = off if is_on else on
+    change = on if is_off else off
+    if config_of({**fixed, **change}) == config_of(fixed):
+        raise UserError(f"row {name!r}: both of its sides are as the runs have it anyway")
     rest = {field: text for field, text in fixed.items() if field not in change}
-    return Setting(f"{'without' if is_on else 'with'} {name}", {**change, **rest})
+    return Setting(f"{'with' if is_off else 'without'} {name}", {**change, **rest})
 
 
 def read_rows(path):
@@ -166,10 +164,10 @@ def jobs_of(settings, seeds, out):
     return jobs
 
 
-def default_out(config):
-    """sweep_ and seven digits that tell the source that would run."""
+def default_out():
+    """sweep_ and seven digits that tell sources apart."""
     total = hashlib.sha256()
-    for path in source_files(config).values():
+    for path in source_files(make_config("cpu", ngram_order=4)).values():
         total.update(path.read_bytes())
     return f"sweep_{total.hexdigest()[:7]}"
 
@@ -373,7 +371,7 @@ def main():
     at_once, = whole_numbers("jobs", options.get("jobs", "1"))[:1]
     rows = read_rows(options["rows"]) if "rows" in options else []
     settings = settings_of(values, options.get("one_at_a_time", "false") == "true", rows)
-    out = ROOT / "runs" / (options.get("out") or default_out(config_of(settings[0].fields)))
+    out = ROOT / "runs" / (options.get("out") or default_out())
     jobs = jobs_of(settings, seeds, out)
     sweep = Sweep(jobs, Machine(max(1, at_once), values.get("device", ["auto"])[0]),
                   max(1, at_once))
