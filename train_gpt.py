@@ -104,9 +104,9 @@ class Config:
     continue_members: bool = opt(False, "begin as the last one ended", unlimited=True)
     perturb_start: float = opt(0.25, "but perturbed, the second, by std of each tensor")
     perturb_end: float = opt(0.05, "and the last; a cosine in between")
-    average: str = opt("last", "what members end as: means are of ends of epochs", "last",
-                       "weights", "probs", tiny="weights", limited="probs", two_hour="probs")
-    average_epochs: int = opt(1, "how many", tiny=4, limited=3, two_hour=9, toy=2)
+    average: str = opt("probs", "members end as means over ends of epochs of what", "probs",
+                       "weights", tiny="weights")
+    average_epochs: int = opt(1, "of how many, the last", tiny=4, limited=3, two_hour=9, toy=2)
     average_recency: bool = opt(False, "weighted 1, 2, 3, ... and not equally", tiny=True)
     final_mixture: str = opt("uniform", "the declared result (ngram is learned, too)",
                              "uniform", "learned", "ngram", cpu="ngram", unlimited="learned")
@@ -1914,12 +1914,13 @@ class Trainer:
                             targets.flatten(0, 1), teacher, spec, self.chunk_function)
 
     def score_splits(self, data, splits=None, specs=None):
-        """{split: log p(target)} of the model as it is; None: all splits, the last stage."""
+        """{split: log p(target)} of the model as it is; None: of all splits, in the last stage."""
         self.runtime.synchronize()
         start = self.clocks.training()
         self.model.eval()
         scores = {split: self.score(np.concatenate(data.scored[split]).astype(np.int64),
-                                    data.bos, specs) for split in splits or data.scored}
+                                    data.bos, specs)
+                  for split in (data.scored if splits is None else splits)}
         self.model.train()
         self.clocks.eval += self.clocks.training() - start
         return scores
@@ -2069,29 +2070,26 @@ def read_losses(trainer, member, log, scored):
         f" {minutes(left)}, run {minutes(left + later)}", always=scored is not None)
 
 def end_epoch(trainer, member, data):
-    """If a step ends an epoch: {"selection_loss"}, of the stage that was trained, or {}; weights or
-    probabilities of the targets of the last epochs are added to the average. Else None."""
+    """If a step ends an epoch: {"selection_loss"} of the stage that was trained, or {}, and what the
+    last epochs add to the average: weights, or probabilities of the targets. Else None."""
     config, rows = trainer.config, member.rows
     epoch = math.floor(rows.epoch_of(member.step))
     if epoch == math.floor(rows.epoch_of(member.step - 1)):
         return None
-    scored = {}
-    if "selection" in data.scored:
+    averaged = config.average if epoch > config.num_epochs - config.average_epochs else ""
+    if averaged == "probs":
+        scores = trainer.score_splits(data)
+        values = {split: torch.from_numpy(logp).double().exp() for split, logp in scores.items()}
+    else:
         stage = stage_at(trainer.stages, (member.step - 1) / rows.num_steps)
-        scores = trainer.score_splits(data, ["selection"], trainer.specs[stage])
-        scored["selection_loss"] = mean_loss(scores["selection"])
-    if epoch <= config.num_epochs - config.average_epochs:
-        return scored
-    values = {}
-    if config.average == "weights":
+        scores = trainer.score_splits(data, {"selection"} & set(data.scored), trainer.specs[stage])
+    if averaged == "weights":
         values = {name: p.detach().cpu() for name, p in trainer.model.named_parameters()}
-    elif config.average == "probs":
-        values = {split: torch.from_numpy(logp).double().exp()
-                  for split, logp in trainer.score_splits(data).items()}
-    member.ends += 1
-    weight = member.ends if config.average_recency else 1
-    add_sums(member.average, {name: weight * value for name, value in values.items()})
-    return scored
+    if averaged:
+        member.ends += 1
+        weight = member.ends if config.average_recency else 1
+        add_sums(member.average, {name: weight * value for name, value in values.items()})
+    return {f"{split}_loss": mean_loss(scores[split]) for split in scores if split == "selection"}
 
 def final_scores(trainer, member, data):
     """{split: log p(target)} of what the member ends as; the model gets averaged weights."""
@@ -2099,8 +2097,7 @@ def final_scores(trainer, member, data):
     means = {name: value / total for name, value in member.average.items()}
     if trainer.config.average == "probs":
         return {split: p.log().float().numpy() for split, p in means.items()}
-    if trainer.config.average == "weights":
-        trainer.model.load_state_dict(means)
+    trainer.model.load_state_dict(means)
     return trainer.score_splits(data)
 
 def collect_state(trainer, member):

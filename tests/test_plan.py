@@ -160,14 +160,16 @@ def test_more_processes_and_smaller_micro_batches_take_less():
 
 
 # ==== Disk ======================================================================================
-@pytest.mark.parametrize("average", ["last", "weights"])
+@pytest.mark.parametrize("average", ["probs", "weights"])
 def test_files_are_as_large_as_said(average, tmp_path):
     config = case_config("plain", average=average)
     trainer = Trainer(config, start_runtime(config))
     trainer.start_member(1, 1)
     weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
-    member = SimpleNamespace(average=weights if average == "weights" else {}, counters=(),
-                             recent={}, start=0.0, check_finite=lambda *_: None)
+    scored, _ = plan.scored_tokens(config)
+    means = weights if average == "weights" else {"val": torch.zeros(scored, dtype=torch.float64)}
+    member = SimpleNamespace(average=means, counters=(), recent={}, start=0.0,
+                             check_finite=lambda *_: None)
     tensors, facts = collect_state(trainer, member)
     state, finished = tmp_path / "state.safetensors", tmp_path / "001.safetensors"
     write_tensors(state, tensors, facts)

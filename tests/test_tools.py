@@ -68,7 +68,7 @@ def complaint(module, *arguments):
 def runs(tmp_path_factory):
     """Two runs on the same data: `one` has one member, `two` has two and is of another track."""
     folder = tmp_path_factory.mktemp("runs")
-    one = train(folder, "--track=mini", "--num_models=1", "--seed=2", "--average=last",
+    one = train(folder, "--track=mini", "--num_models=1", "--seed=2",
                 "--final_mixture=uniform", "--num_epochs=2")
     two = train(folder, "--track=cpu", "--num_models=2", "--ngram_order=4",
                 "--final_mixture=ngram")
@@ -572,7 +572,7 @@ def test_plain_switches_off_what_is_not_kept():
         stages = training_stages(plain)
         assert {(stage.loops, stage.passes) for stage in stages} == {(1, 1)}
         assert [piecewise_linear(plain.wd_schedule, part) for part in (0, 0.3, 1)] == [1, 1, 1]
-        assert (plain.num_models, plain.average) == (1, "last")
+        assert (plain.num_models, plain.average_epochs) == (1, 1)
         assert not any((plain.kd_alpha, plain.ngram_order, plain.mtp_weight, plain.meta_lr,
                         plain.second_weight, plain.third_weight, plain.sawtooth_epochs,
                         plain.dropout, plain.stochastic_depth, plain.edge_batch_rows,

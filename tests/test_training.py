@@ -488,7 +488,7 @@ SCHEDULES = dict(
     wd_schedule="0:1,0.5:0.25,0.5:2,1:3", momentum=0.9, momentum_start=0.6, momentum_steps=11,
     loop_start=1, loop_end=1, loop_count=2, loop_from_epoch=1, recurrence_from=0.75,
     window_schedule="0:0.25:0.5,0.5:0.5:1", window_pattern="SL", dropout=0.1,
-    second_weight="0:0.6,0.5:0", third_weight="", average="last", device_batch_size=8)
+    second_weight="0:0.6,0.5:0", third_weight="", device_batch_size=8)
 
 
 class WatchedTrainer(Trainer):
@@ -674,17 +674,16 @@ def test_selection_by_epoch_is_that_of_the_state_then(small_data, tmp_path, monk
 def test_scoring_selection_by_epoch_changes_no_digit(small_data, tmp_path, monkeypatch):
     arguments = ["--track=cpu", f"--dataset={small_data}", *SMALL_DATA, *BY_EPOCH]
     scored = train(tmp_path, *arguments)
-    end_epoch = train_gpt.end_epoch
+    score_splits = Trainer.score_splits
 
-    def without(trainer, member, data):
-        blind = SimpleNamespace(scored={k: v for k, v in data.scored.items() if k != "selection"})
-        return end_epoch(trainer, member, blind)
+    def at_the_end_only(self, data, splits=None, specs=None):
+        return score_splits(self, data, splits, specs) if splits is None else {}
 
-    monkeypatch.setattr(train_gpt, "end_epoch", without)
+    monkeypatch.setattr(Trainer, "score_splits", at_the_end_only)
     blind = train(tmp_path, *arguments)
-    assert not any("selection_loss" in m for m in blind.steps)
     assert losses(scored) == losses(blind)
-    assert sum("selection_loss" in m for m in scored.steps) == 6
+    for run, count in ((scored, 6), (blind, 2)):        # of 2 members
+        assert sum("selection_loss" in m for m in run.steps) == count
 
 
 def test_every_epoch_is_a_reading_and_a_line(small_data, tmp_path):
@@ -814,8 +813,7 @@ def ended(monkeypatch, **changes):
 
 
 # average, of how many epochs, by recency -> the weights of the ends of epochs 1, 2, 3
-AVERAGES = [("last", 2, False, (0, 0, 1)), ("last", 2, True, (0, 0, 1)),
-            ("weights", 1, True, (0, 0, 1)), ("weights", 2, False, (0, 1 / 2, 1 / 2)),
+AVERAGES = [("weights", 1, True, (0, 0, 1)), ("weights", 2, False, (0, 1 / 2, 1 / 2)),
             ("weights", 2, True, (0, 1 / 3, 2 / 3)), ("weights", 9, True, (1 / 6, 2 / 6, 3 / 6)),
             ("probs", 1, False, (0, 0, 1)), ("probs", 2, True, (0, 1 / 3, 2 / 3)),
             ("probs", 3, False, (1 / 3, 1 / 3, 1 / 3))]
@@ -852,7 +850,7 @@ def test_members_end_as_averages_of_ends_of_epochs(average, epochs, recency, sha
         assert facts[f"{split}_loss"] == pytest.approx(-logp.mean(), rel=1e-6)
 
 
-@pytest.mark.parametrize("average", ["last", "weights", "probs"])
+@pytest.mark.parametrize("average", ["weights", "probs"])
 @pytest.mark.parametrize("batch_rows, epochs", [(60, 2), (60, 1), (99, 1), (128, 2)])
 def test_steps_that_complete_several_epochs(average, batch_rows, epochs, monkeypatch):
     """The last step completes all of the epochs that are averaged: they are its weights."""

@@ -341,7 +341,7 @@ def scored_tokens(config):
 def average_bytes(config):
     """The sum that `average` keeps in host memory and in the state."""
     weights = 4 * num_parameters(meta_model(config))
-    return {"last": 0, "weights": weights, "probs": 8 * scored_tokens(config)[0]}[config.average]
+    return {"weights": weights, "probs": 8 * scored_tokens(config)[0]}[config.average]
 
 
 def state_bytes(config):
