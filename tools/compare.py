@@ -239,7 +239,11 @@ def compare_two(ours, theirs):
         lines += textwrap.wrap(", ".join(changes), 90, initial_indent="differ    ",
                                subsequent_indent=" " * 10)
     lines += source_lines(ours[0], theirs[0])
-    if not changes and ours[0].sources == theirs[0].sources:
+    shards = sorted(ours[0].data.items() ^ theirs[0].data.items())
+    if shards:
+        lines.append(f"data      {', '.join(dict(shards))} of one side only")
+    known = ours[0].sources and ours[0].sources == theirs[0].sources
+    if known and not changes and not shards:
         lines.append("differ    in nothing: settings, source and data are the same")
     missing = {run.seed for run in ours} ^ {run.seed for run in theirs}
     if missing:

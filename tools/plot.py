@@ -37,6 +37,12 @@ class Curves(NamedTuple):
     readings: list              # lines of metrics.jsonl, the last of each step
     result: dict                # result.json, or {}
     config: object              # or None
+    place: int = 0              # among the runs of the picture
+
+    @property
+    def look(self):
+        """Colour, line and marker, the same in all panels."""
+        return COLOURS[self.place], LINES[self.place], MARKERS[self.place]
 
     def of(self, member, key):
         """([epoch], [value]) of the readings of a member that have `key`."""
@@ -54,21 +60,21 @@ class Curves(NamedTuple):
 
 
 # ==== Reading ===================================================================================
-def read_curves(folder):
+def read_curves(folder, place=0):
     """The Curves of a run's folder; UserError if there is nothing to draw."""
     path = folder / "metrics.jsonl"
     finished = (folder / "result.json").exists()
     result, config = read_result(folder) if finished else ({}, None)
     steps = {}
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            reading = json.loads(line)
+        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")      # the last may be torn
+        for reading in map(json.loads, whole.splitlines()):
             if "step" in reading:
                 steps[reading["member"], reading["step"]] = reading
     if not steps and not result:
         raise UserError(f"{folder}: neither metrics.jsonl nor result.json; is that a run?")
     return Curves(folder.resolve().name, folder, [steps[key] for key in sorted(steps)], result,
-                  config)
+                  config, place)
 
 
 def declared(result):
@@ -81,7 +87,8 @@ def declared(result):
 def draw_epochs(axes, runs):
     """Train loss and selection loss of each member by epoch; of several runs selection only."""
     single = len(runs) == 1
-    for run, colour, line, marker in zip(runs, COLOURS, LINES, MARKERS):
+    for run in runs:
+        colour, line, marker = run.look
         for member in run.members:
             last = member == run.members[-1]
             shade = 1.0 if last else 0.25 + 0.4 * member / max(run.members)
@@ -105,7 +112,8 @@ def draw_epochs(axes, runs):
 
 def draw_gradients(axes, runs):
     """The gradient's norm by epoch, of the last member."""
-    for run, colour, line in zip(runs, COLOURS, LINES):
+    for run in runs:
+        colour, line, _ = run.look
         member = run.members[-1]
         axes.plot(*run.of(member, "grad_norm"), color=colour, ls=line, lw=1,
                   label=f"{run.label}, member {member}" if len(runs) > 1 else f"member {member}")
@@ -117,7 +125,8 @@ def draw_gradients(axes, runs):
 def draw_ensemble(axes, runs):
     """Val loss by number of members: alone, and of the mixtures."""
     single = len(runs) == 1
-    for run, colour, line, marker in zip(runs, COLOURS, LINES, MARKERS):
+    for run in runs:
+        colour, line, marker = run.look
         curve = run.result["ensemble"]
         key = declared(run.result)
         if single:
@@ -151,7 +160,8 @@ def draw_efficiency(axes, runs):
                               ("tuned", "--", "plain model, tuned")):
         if curves.get(kind):
             axes.plot(*zip(*curves[kind]), color=COLOURS[4], ls=line, marker=".", label=label)
-    for run, colour, marker in zip(runs, COLOURS, MARKERS):
+    for run in runs:
+        colour, _, marker = run.look
         if run.result:
             loss, tokens = run.result["val_loss"], run.result["train_tokens"]
             found = data_efficiency(loss, curves, tokens)
@@ -197,16 +207,16 @@ def draw_calibration(axes, runs, tokens):
     axes.set_title("Calibration on val")
     axes.plot([0, 1], [0, 1], color="black", lw=0.8, label="perfect")
     said = []
-    for run, colour, line, marker in zip(runs, COLOURS, LINES, MARKERS):
+    for run in runs:
         confidence, correct = confidences(run, tokens, said)
         for name, style in (("member 1", 0), ("ensemble", 1)):
             if name not in confidence or (len(runs) > 1 and name != list(confidence)[-1]):
                 continue
             x, y, gap = reliability(confidence[name], correct[name])
             label = f"{run.label}: {gap:.3f}" if len(runs) > 1 else f"{name}: gap {gap:.3f}"
-            pick = (colour, line, marker) if len(runs) > 1 else (
+            colour, line, marker = run.look if len(runs) > 1 else (
                 COLOURS[style], LINES[style], MARKERS[style])
-            axes.plot(x, y, color=pick[0], ls=pick[1], marker=pick[2], ms=5, label=label)
+            axes.plot(x, y, color=colour, ls=line, marker=marker, ms=5, label=label)
     axes.set(xlabel="probability of the likeliest token", ylabel="part that is right")
     axes.legend(fontsize=8, loc="upper left")
     if said:
@@ -322,7 +332,7 @@ def main():
     args = parser.parse_args()
     if len(args.runs) > len(COLOURS):
         raise UserError(f"{len(args.runs)} runs: at most {len(COLOURS)} can be told apart")
-    runs = [read_curves(folder) for folder in args.runs]
+    runs = [read_curves(folder, place) for place, folder in enumerate(args.runs)]
     path = args.out or (args.runs[0] / "plot.png" if len(runs) == 1 else Path("plot.png"))
     draw(runs, path, args.tokens)
     print(path)

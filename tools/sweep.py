@@ -39,6 +39,7 @@ from train_gpt import (FIELDS, FREE, UserError, as_text, check_name, make_config
 
 OPTIONS = ("seeds", "jobs", "out", "rows", "one_at_a_time")
 OWN = ("run_id", "runs_dir", "seed")        # fields that the sweep sets itself
+AS_IT_IS = "as it is"       # the label of the base, if it differs in nothing
 POLL_SECONDS = 0.5
 REPORT_SECONDS = 60
 
@@ -62,13 +63,15 @@ def settings_of(values, one_at_a_time, rows):
     """[Setting], the base first if there is one, of {field: [texts]} and [(name, off, on)]."""
     fixed = {name: texts[0] for name, texts in values.items() if len(texts) == 1}
     varied = {name: texts for name, texts in values.items() if len(texts) > 1}
+    if one_at_a_time and "track" in varied:
+        raise UserError("--one_at_a_time and several tracks do not go together")
     if rows:
-        if {name: texts for name, texts in varied.items() if name != "track"}:
+        if varied:
             raise UserError("--rows and several values of a field do not go together")
-        settings = [Setting("as it is", fixed)]
+        settings = [Setting(AS_IT_IS, fixed)]
         settings += [flipped(name, off, on, fixed) for name, off, on in rows]
     elif one_at_a_time:
-        settings = [Setting("as it is", fixed)]
+        settings = [Setting(AS_IT_IS, fixed)]
         settings += [Setting(f"{name}={text}", {name: text, **fixed})
                      for name, texts in varied.items() for text in texts]
     else:
@@ -81,7 +84,7 @@ def settings_of(values, one_at_a_time, rows):
 
 
 def label_of(fields):
-    return " ".join(f"{name}={text}" for name, text in fields.items()) or "as it is"
+    return " ".join(f"{name}={text}" for name, text in fields.items()) or AS_IT_IS
 
 
 def config_of(fields):
@@ -114,6 +117,8 @@ def read_rows(path):
             raise UserError(f"{path}, line {number}: must be `name | field=value ... | field=value"
                             " ...`")
         off, on = (dict(word.split("=", 1) for word in part.split()) for part in parts[1:])
+        if parts[0] in [name for name, *_ in rows]:
+            raise UserError(f"{path}, line {number}: a second row named {parts[0]!r}")
         rows.append((parts[0], off, on))
     if not rows:
         raise UserError(f"{path}: no rows in it")
@@ -126,6 +131,8 @@ def read_arguments(arguments):
                  for argument in arguments]
     given = parse_arguments(arguments)
     options = {name: given.pop(name) for name in OPTIONS if name in given}
+    if options.get("one_at_a_time", "true") != "true":
+        raise UserError("--one_at_a_time takes no value")
     values = {}
     for name, text in given.items():
         check_name(name, (*FIELDS, *OPTIONS), "field or option")
@@ -318,7 +325,7 @@ class Sweep:
     def report(self, what):
         """A line: how many are done, what has happened, how long it will take."""
         running = [job for job, _ in filter(None, self.running.values())]
-        done = self.finished + len(self.failed) + sum(map(part_done, running))
+        done = self.finished + len(self.failed) + sum(map(part_done, [*running, *self.waiting]))
         begun = sum(self.begun.values()) + self.total - len(self.begun)
         elapsed = time.monotonic() - self.start
         left = ""
@@ -351,7 +358,7 @@ def table(jobs):
     groups = list(runs.values())
     if len(groups) < 2:
         return compare_one(groups[0]) if groups else ["no run is finished"]
-    base = min(groups, key=lambda group: distance_from_track(group[0]))
+    base = runs.get(AS_IT_IS) or min(groups, key=lambda group: distance_from_track(group[0]))
     return compare_groups(groups, base, labels)
 
 
@@ -368,13 +375,14 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options, values = read_arguments(sys.argv[1:])
     seeds = whole_numbers("seeds", options.get("seeds", "1,2,3"))
-    at_once, = whole_numbers("jobs", options.get("jobs", "1"))[:1]
+    at_once, *more = whole_numbers("jobs", options.get("jobs", "1"))
+    if more or not at_once:
+        raise UserError(f"--jobs={options['jobs']}: must be one number, at least 1")
     rows = read_rows(options["rows"]) if "rows" in options else []
-    settings = settings_of(values, options.get("one_at_a_time", "false") == "true", rows)
+    settings = settings_of(values, "one_at_a_time" in options, rows)
     out = ROOT / "runs" / (options.get("out") or default_out())
     jobs = jobs_of(settings, seeds, out)
-    sweep = Sweep(jobs, Machine(max(1, at_once), values.get("device", ["auto"])[0]),
-                  max(1, at_once))
+    sweep = Sweep(jobs, Machine(at_once, values.get("device", ["auto"])[0]), at_once)
     print(f"sweep  {len(settings)} setting(s) x {len(seeds)} seed(s) in {out}:"
           f" {sweep.finished} of {len(jobs)} runs are finished", flush=True)
     failed = sweep.run()
