@@ -305,7 +305,7 @@ def test_differences_that_are_all_one_have_no_p(tmp_path):
     fabricate(tmp_path, "cpu", {1: 6.0, 2: 6.25, 3: 6.5})
     fabricate(tmp_path, "cpu_dropout0.1", {1: 5.5, 2: 5.75, 3: 6.0}, dropout=0.1)
     lines = said(tmp_path / "cpu_dropout*", "--against", tmp_path / "cpu_seed*")
-    assert lines[-1] == "better by 0.5000 on selection in each of 3 pairs"
+    assert lines[-1] == "better by exactly 0.5000 on selection, 3 pairs: there is no spread"
     assert cells(lines, "selection")[3:] == ["-0.5000 ± 0.0000", "-0.5000 to -0.5000"]
 
 

@@ -61,7 +61,10 @@ def read_run(folder):
         raise UserError(f"{folder}: no selection loss of its declared mixture (run without"
                         " --selection_tokens, or by an earlier version); run it again")
     path = folder / "run.json"
-    facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        facts = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
     settings = {name: as_text(value) for name, value in result["config"].items()
                 if name not in (*FREE, "seed")}
     return Run(folder, int(result["config"]["seed"]), settings,
@@ -301,7 +304,7 @@ def verdict(found, pairs, sizes):
                 " noise: add seeds")
     size = plus_minus(abs(found.mean), found.error)
     if np.isnan(found.p):
-        return f"{word} by {abs(found.mean):.4f} on selection in each of {of}"
+        return f"{word} by exactly {abs(found.mean):.4f} on selection, {of}: there is no spread"
     if found.p < SIGNIFICANT:
         return f"{word} by {size} on selection, {of}, p = {as_p(found.p)}"
     return (f"no difference shown: {word} by {size} on selection, {of}, p = {as_p(found.p)}; within"

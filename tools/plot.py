@@ -197,6 +197,8 @@ def draw_multiples(axes, loss, tokens, curves, found, colour):
         there, _ = equivalent_tokens(loss, curves[kind])
         axes.annotate("", (there, loss), (tokens, loss),
                       arrowprops={"arrowstyle": "->", "color": colour, "lw": 1})
+        if there < 1.2 * tokens:        # no room at the left
+            above = 1
         axes.annotate(f"{found[kind]}x", (there, loss), (6 * above, 6 * above), fontsize=9,
                       color=colour, textcoords="offset points",
                       ha="left" if above > 0 else "right", va="bottom" if above > 0 else "top")
