@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from shards import HEADER_INTS, read_shard, write_meta, write_shard
+from token_tables import write_token_tables
 
 REPO = "kjj0/fineweb10B-gpt2"
 FILES = "fineweb_val_000000.bin", "fineweb_train_000001.bin"  # consecutive pieces of one stream
@@ -273,6 +274,7 @@ def build(args):
             tokenizer |= {"ranks": "ranks.tiktoken", "pattern": PATTERN, "bos_text": BOS_TEXT}
             lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(vocabulary)]
             (Path(folder) / tokenizer["ranks"]).write_bytes(b"".join(lines))
+            write_token_tables(folder, dict(enumerate(vocabulary)), vocab_size, bos_id)
         # Old hashes beside new shards would be a lie, should this stop in between.
         (args.out / "meta.json").unlink(missing_ok=True)
         for path in Path(folder).iterdir():

@@ -416,7 +416,7 @@ def member_lines(config, tokens, device):
     """A line for each kind of member: steps, FLOPs, hours."""
     flops = planned_flops(config, tokens)
     numbers = range(1, config.num_models + 1)
-    kinds = Counter((config.rows_of(n), is_distilled(config, n), flops[n - 1]) for n in numbers)
+    kinds = Counter((config.batch_rows, is_distilled(config, n), flops[n - 1]) for n in numbers)
     lines = []
     for (rows, distilled, count), members in kinds.items():
         # a range is a document of as many tokens

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from _runs import load_member, read_result, run_tool
+from _runs import load_member, probabilities, read_result, run_tool
 from train_gpt import (UserError, data_efficiency, dataset_folder, equivalent_tokens, load_dataset,
                        num_parameters, start_runtime)
 
@@ -133,7 +133,7 @@ def draw_ensemble(axes, runs):
             alone = [member["val_loss"] for member in run.result["members"]]
             axes.plot(range(1, len(alone) + 1), alone, "x", color="black", label="member n alone")
             shown = {"uniform": "val_loss", "learned": "val_loss_learned",
-                     **{f"with {name}": f"val_loss_{name}" for name in run.result["others"]}}
+                     "with n-gram": "val_loss_ngram"}
             styles = zip(shown.items(), COLOURS, LINES, MARKERS)
             for (name, loss), colour, line, marker in styles:
                 points = [(p["n"], p[loss]) for p in curve if loss in p]
@@ -251,7 +251,7 @@ def confidences(run, tokens, said):
             work = 2 * num_parameters(model) * tokens * len(run.result["members"])
             if work > MAX_FLOPS and runtime.device.type == "cpu":
                 raise UserError(f"{work:.0e} FLOPs are too many for a CPU")
-            p = torch.cat([probabilities(model, text, row, config, runtime)
+            p = torch.cat([row_probabilities(model, text, row, config, runtime)
                            for row in range(max(1, count))])
             mixed = mixed + p
             found.setdefault("member 1", p)
@@ -266,11 +266,11 @@ def confidences(run, tokens, said):
             {name: (top.indices == targets).numpy() for name, top in best.items()})
 
 
-def probabilities(model, text, row, config, runtime):
-    """p of the tokens after those of row `row` of `text`, fp32 [T, vocab_size]."""
+def row_probabilities(model, text, row, config, runtime):
+    """p of the tokens after those of row `row` of `text`, fp64 [T, vocab_size]."""
     inputs = text[row * config.seq_len:(row + 1) * config.seq_len][:len(text) - 1]
     inputs = inputs[:len(text) - 1 - row * config.seq_len].unsqueeze(0).to(runtime.device)
-    return torch.softmax(model.logits(model(inputs))[0].float(), dim=1).cpu()
+    return probabilities(model, inputs)[0]
 
 
 def reliability(confidence, correct):
