@@ -1050,7 +1050,8 @@ def loss_chunk(hidden, weight, targets, teacher, spec):
         teacher_logits, _ = token_logits(*teacher, targets[:, 0], config, spec.row)
         sums["kl"], kl_grad = distillation(logits, logp, teacher_logits, counted, T)
         sums["loss"] = sums["loss"] + alpha * T ** 2 * sums["kl"]
-        grad = grad + alpha * T * torch.where(counted, kl_grad, 0)
+        grad = grad + alpha * T * kl_grad
+    grad = torch.where(counted, grad, 0)
     of_logits = grad[:, :len(weight)]
     if config.softcap:          # tanh's slope, 0 for the padding
         shown = logits[:, :len(weight)].clamp(min=-config.softcap)
@@ -1238,8 +1239,8 @@ def spelled_state(p):
     return adamw_state(p) | {f"shared_{name}": zeros for name, zeros in adamw_state(p).items()}
 
 def spelled_update(p, grad, state, rates):
-    """AdamW of rows, and of what their tokens' strings have in common: features, each with the sum of
-    its rows' gradients, whose updates their rows take as well. In place (p and state)."""
+    """AdamW of rows, and of what their tokens' strings have in common: features, each with the sum
+    of its rows' gradients, whose updates their rows take as well. In place (p and state)."""
     adamw_update(p, grad, state, rates)
     shared, update = torch.zeros_like(p), torch.zeros_like(p)       # a row for each feature
     for feature, weight in zip(*rates.features):
@@ -2003,21 +2004,20 @@ def train_member(number, trainer, data, log, states=None, state=None):
     state: of States, to go on from if it is of this member. Returns facts, {split: log p}."""
     config = trainer.config
     member = Member(number, trainer, data)
-    rows = member.rows
     if member.distill:
         trainer.teacher.load_state_dict(trainer.model.state_dict())
     trainer.start_member(number, member.seed, state)
     if state and state[1]["number"] == number:
         restore_state(state, trainer, member)
         log.say(f"resumed   member {number} after step {member.step}")
-    while member.step < rows.num_steps:
+    while member.step < member.rows.num_steps:
         train_step(trainer, member)
         scored = end_epoch(trainer, member, data)
         if scored is None and member.step % config.log_steps:
             continue
         read_losses(trainer, member, log, scored)
         is_due, is_stopped = states.requests(trainer.runtime) if states else (False, False)
-        if states and (is_due or is_stopped or member.step == rows.num_steps):
+        if states and (is_due or is_stopped or member.step == member.rows.num_steps):
             states.save(*collect_state(trainer, member))
         if is_stopped:
             trainer.runtime.all_reduce(torch.zeros(1))  # torchrun ends all when the first one ends

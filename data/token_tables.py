@@ -86,7 +86,7 @@ def main():
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         ranks = read_ranks(folder / meta.get("ranks", "ranks.tiktoken"))
         write_token_tables(folder, ranks, meta["vocab_size"], meta["bos_id"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError) as error:
         print(f"error: {folder}: needs meta.json with vocab_size and bos_id, and ranks of all tokens"
               f" ({type(error).__name__}: {error})", file=sys.stderr)
         return 2

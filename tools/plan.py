@@ -21,10 +21,11 @@ from collections import Counter, namedtuple
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from _runs import run_tool
-from bench import device_peak
+from bench import FEATURES, device_peak
 from train_gpt import (GPT, PEAK_FLOPS, MuonAdamW, Rows, Runtime, UserError, hardware_name,
                        is_distilled, layer_order, make_config, micro_batch_rows, num_parameters,
                        parse_arguments, peak_flops, plan_launch, planned_flops, start_runtime,
@@ -144,17 +145,20 @@ def mask_bytes(config):
 
 
 # ==== Loss ======================================================================================
-def loss_bytes(config, sizes, has_teacher):
-    """What chunked_loss takes at most, its gradients included."""
+def loss_bytes(config, sizes, has_teacher, row=0):
+    """What chunked_loss takes at most, its gradients included; row: tokens that are remembered."""
     n = min(config.loss_chunk, sizes.tokens)
-    logits = 4 * n * config.padded_vocab                    # fp32 [n, V]
+    logits = 4 * n * (config.padded_vocab + row)            # fp32 [n, V + row]
     weight = config.model_dim * config.padded_vocab
-    kept = 4 + bool(config.softcap)     # logits, log p, wanted, gradient; slope of the cap
-    within = kept + 2                   # gradient times slope, where it counts
-    after = kept - 1 + sizes.item / 4   # the gradient in the dtype
+    tokens = 2 * bool(row)              # what each column stands for, int64
+    kept = 4 + bool(config.softcap)     # logits, log p, that of the right; gradient, capped logits
+    within = kept + 2 + tokens          # two more p and their difference, or slope of the cap
+    after = kept + tokens               # and the gradient in the dtype
+    if config.softcap or sizes.item < 4:
+        after += sizes.item / 4
     if has_teacher:     # teacher's logits and log p, its p, difference, two products
-        within = kept + 6 + (config.kd_temperature != 1)
-        after += 2                      # teacher's logits, gradient of KL
+        within = 10 + 2 * tokens + (config.kd_temperature != 1)
+        after += 2 + tokens             # teacher's logits, gradient of KL
     earlier = weight * sizes.item * (sizes.tokens > n)      # gradient of the chunk before
     chunk = max(within * logits, after * logits + weight * sizes.item)
     gradients = sizes.hidden + 4 * weight                   # for hidden states and for the head
@@ -179,6 +183,11 @@ def muon_temporaries(p, config, item):
     return max(polar, update * whole)
 
 
+def strings_bytes(config):
+    """The tables that --spelling needs, on the device."""
+    return (8 + 4) * FEATURES * config.padded_vocab * bool(config.spelling)
+
+
 def optimizer_bytes(groups, config, item, rank):
     """(state, temporaries at most) of MuonAdamW.step on process `rank`."""
     state = copies = temporaries = 0
@@ -191,17 +200,25 @@ def optimizer_bytes(groups, config, item, rank):
         if group.owner == rank:
             state += 4 * sum(part.numel() for part in group.new_state().values())
             made = 3 * whole                # AdamW: the root, a quotient, a product
+            if group.row.optimizer == "spelled":
+                made = 5 * whole            # that, of features: their gradients and updates, too
             if group.kind.stacked:
                 made = muon_temporaries(p, config, item)
         temporaries = max(temporaries, copies + made)
     return state, temporaries
 
 
+def no_tables(config):
+    """Of tokens.npz, as large as they would be: nothing depends on what they hold."""
+    shape = FEATURES, config.padded_vocab
+    return {"features": np.zeros(shape, np.int64), "weights": np.zeros((*shape, 1), np.float32)}
+
+
 def fullest_process(config, world_size, dtype):
     """(optimizer state, temporaries) of the process that has most of both."""
     with torch.device("meta"):
         named = meta_model(config).named_parameters()
-        groups = MuonAdamW(named, config, Runtime(0, world_size)).groups
+        groups = MuonAdamW(named, config, Runtime(0, world_size), no_tables(config)).groups
         return max((optimizer_bytes(groups, config, dtype.itemsize, rank)
                     for rank in range(world_size)), key=sum)
 
@@ -213,7 +230,7 @@ def fixed_parts(config, world_size, dtype):
     count = num_parameters(meta_model(config))
     return {"weights": 4 * count, "optimizer state": state,
             "teacher": dtype.itemsize * count * bool(config.kd_alpha),
-            "masks": mask_bytes(config)}, temporaries
+            "masks": mask_bytes(config), "strings of tokens": strings_bytes(config)}, temporaries
 
 
 def plastic_bytes(config):
@@ -265,7 +282,8 @@ def stage_phases(config, world_size, dtype, stage):
     has_teacher = is_distilled(config, config.num_models)
     trunk = trunk_bytes(config, sizes, stage)
     mtp = mtp_bytes(config, sizes) if config.mtp_weight else 0
-    loss = loss_bytes(config, sizes, has_teacher) + sizes.hidden * has_teacher
+    row = config.row_memory * config.seq_len
+    loss = loss_bytes(config, sizes, has_teacher, row) + sizes.hidden * has_teacher
     phases = {"loss": gradients | {"activations": trunk, "loss": loss}}
     if has_teacher:
         phases["teacher"] = gradients | {
