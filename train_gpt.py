@@ -603,9 +603,10 @@ def read_token_tables(folder, config):
     only bits per byte would need them, else UserError."""
     path = folder / "tokens.npz"
     try:
-        tables = dict(np.load(path))
+        tables = {name: np.load(path)[name] for name in ("bytes", "pairs", "features", "weights")}
+        assert len(tables["bytes"]) == config.vocab_size, "of another vocabulary"
         return tables, {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:          # not there, not whole, without a table
         if not config.spelling and not config.split_tokens:
             return {}, {}
         raise UserError(f"{path}: cannot be read ({error}); it is made from the ranks of tokens:"
@@ -1666,7 +1667,7 @@ def announce(trainer, data, log, overrides, had_run, changes):
             f"machine   {hardware_name(runtime.device)}; torch {torch.__version__},"
             f" {runtime.dtype}, attention {runtime.attention},"
             f" compile {'on' if runtime.compile else 'off'}",
-            estimate(trainer, rows.tokens), f"folder    {log.folder}", *data.notes,
+            estimate(trainer, rows.tokens + rows.num_cut), f"folder    {log.folder}", *data.notes,
             *runtime.notes, *(f"changed   {change}" for change in changes), ""):
         log.say(line)
 
@@ -1706,8 +1707,7 @@ def data_efficiency(loss, baseline, train_tokens):
     return result
 
 def summarize(config, data, members, curve):
-    """What result.json says of an ensemble; its val_loss is the declared number.
-    members: a dict each; curve: of ensemble_curve."""
+    """What result.json says of an ensemble; val_loss is the declared number of ensemble_curve."""
     suffix = "" if config.final_mixture == "uniform" else "_" + config.final_mixture
     val_loss = curve[-1]["val_loss" + suffix]
     bits = val_loss / math.log(2) * (count_tokens(data.scored["val"]) - 1)

@@ -4,10 +4,10 @@
 
 bytes: int64 [V], how many each token has (0: a BOS). pairs: int64 [V, 2], the two tokens that
 byte-pair encoding merges into each (-1: none). features: int64 [K, V'], the numbers of what the
-string of each token has: its word without case and space, its first and last 1 to 4 letters, and of
-which kind it is; only what at least two tokens have. weights: float32 [K, V', 1], 1 / sqrt(how many
-a token has), 0 where it has no more. V': the vocabulary in multiples of 64. train_gpt.py reads them
-for bits per byte, --spelling and --split_tokens.
+string of each token has: its word without case and space, its first and last 1 to 4 letters if it
+has more, and of which kind it is; only what at least two tokens have. weights: float32 [K, V', 1],
+1 / sqrt(how many a token has), 0 where it has no more. V': the vocabulary in multiples of 64.
+train_gpt.py reads them for bits per byte, --spelling and --split_tokens.
 """
 import base64
 import json
@@ -59,7 +59,7 @@ def spelling_features(ranks, vocab_size):
     features, weights = np.zeros(shape, np.int64), np.zeros((*shape, 1), np.float32)
     for token, has in shared.items():
         features[:len(has), token] = has
-        weights[:len(has), token] = len(has) ** -0.5
+        weights[:len(has), token] = max(1, len(has)) ** -0.5
     return features, weights
 
 
@@ -87,8 +87,8 @@ def main():
         ranks = read_ranks(folder / meta.get("ranks", "ranks.tiktoken"))
         write_token_tables(folder, ranks, meta["vocab_size"], meta["bos_id"])
     except (OSError, ValueError, LookupError) as error:
-        print(f"error: {folder}: needs meta.json with vocab_size and bos_id, and ranks of all tokens"
-              f" ({type(error).__name__}: {error})", file=sys.stderr)
+        print(f"error: {folder}: needs meta.json with vocab_size and bos_id, and ranks of all"
+              f" tokens ({type(error).__name__}: {error})", file=sys.stderr)
         return 2
     print(folder / "tokens.npz")
     return 0

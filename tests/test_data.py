@@ -661,7 +661,8 @@ def test_tables_are_read_with_their_hash(tmp_path):
 @pytest.mark.parametrize("changes", [{}, {"spelling": True}, {"split_tokens": 0.5}], ids=str)
 @pytest.mark.parametrize("spoil, says", [
     (Path.unlink, "No such file"), (be_directory, "directory"), (be_dangling, "No such file"),
-    (be_unreadable, "Permission"), (be(lambda held: b"noise"), "pickle"), (be(lambda _: b""), "data"),
+    (be_unreadable, "Permission"), (be(lambda _: b"noise"), "pickle"),
+    (be(lambda _: b""), "data"),
     (be(lambda held: held[:100]), "")], ids=[
         "missing", "directory", "dangling", "unreadable", "noise", "empty", "truncated"])
 def test_tables_that_cannot_be_read(changes, spoil, says, tmp_path):

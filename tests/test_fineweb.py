@@ -326,7 +326,8 @@ def test_ranks_lie_beside_the_shards_and_give_their_bytes(hub, tmp_path, monkeyp
     sizes = dict(train_tokens=1500, selection_tokens=0)
     data = load_dataset(out, make_config("limited", **sizes))
     assert data.val_bytes == meta["splits"]["val_000000"]["text_bytes"]
-    assert data.hashes["tokens.npz"] == hashlib.sha256((out / "tokens.npz").read_bytes()).hexdigest()
+    written = (out / "tokens.npz").read_bytes()
+    assert data.hashes["tokens.npz"] == hashlib.sha256(written).hexdigest()
     assert data.tables["bytes"].tolist() == [len(ranks[token]) for token in range(BOS)] + [0]
     pairs, merged = data.tables["pairs"], np.flatnonzero(data.tables["pairs"][:, 0] >= 0)
     assert len(merged) > 1000 and len(pairs) == BOS + 1

@@ -52,7 +52,8 @@ def remembered(hidden, weight, y, config, row):
     for t in range(len(hidden)):
         earlier = [i for i in range(t - t % row, t) if y[i] >= 0]
         similar = hidden[earlier] @ hidden[t] / D ** 0.5
-        found.append((torch.cat((logits[t], similar)), torch.cat((torch.arange(VOCAB), y[earlier]))))
+        tokens = torch.cat((torch.arange(VOCAB), y[earlier]))
+        found.append((torch.cat((logits[t], similar)), tokens))
     return found
 
 

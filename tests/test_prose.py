@@ -84,7 +84,8 @@ def test_vocabulary_is_bytes_then_merges_of_earlier_tokens(encoding):
 def test_tables_of_tokens_are_those_of_the_ranks(documents, tmp_path):
     """Which data/token_tables.py makes of them; texts have as many bytes as their tokens."""
     tables, hashes = read_token_tables(FOLDER, make_config("cpu"))
-    assert hashes == {"tokens.npz": hashlib.sha256((FOLDER / "tokens.npz").read_bytes()).hexdigest()}
+    written = (FOLDER / "tokens.npz").read_bytes()
+    assert hashes == {"tokens.npz": hashlib.sha256(written).hexdigest()}
     ranks = read_ranks(FOLDER / META["ranks"])
     assert tables["bytes"].tolist() == [len(ranks[token]) for token in range(2047)] + [0]
     for key in SPLITS:

@@ -23,8 +23,10 @@ from safetensors.torch import load_file
 
 import _runs
 import baseline
+import bench
 import logit_average
 import mix
+import plan
 import plot
 import sample
 import train_gpt
@@ -34,7 +36,7 @@ from helpers import (BOS, ROOT, SCRIPT, TINY, VOCAB, SlowModel, clean_environmen
                      train)
 from sample import generate
 from token_tables import read_ranks, write_token_tables
-from train_gpt import (FIELDS, FREE, GPT, TRACKS, Config, UserError, as_text, load_dataset,
+from train_gpt import (FIELDS, GPT, TRACKS, Config, MuonAdamW, UserError, load_dataset,
                        make_config, opt, piecewise_linear, start_runtime, training_stages)
 
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("[a-z]*.py"))
@@ -149,7 +151,8 @@ def test_result_of_an_earlier_version_is_read_as_far_as_it_goes(tmp_path, capsys
     """Fields that are gone, or whose values are of another kind now, are named."""
     now = make_config("tiny", seed=5, second_weight=(), wd_schedule=((0, 1), (1, 0.5)))
     then = {**asdict(now), "wd_schedule": "0:1,1:0.5", "second_weight": "", "seed": "5",
-            "token_noise": 0.1, "subset_fraction": 1.0, "compile_model": "blocks", "num_layers": "sixteen"}
+            "token_noise": 0.1, "subset_fraction": 1.0, "compile_model": "blocks",
+            "num_layers": "sixteen"}
     (tmp_path / "result.json").write_text(json.dumps({"format": 1, "config": then}))
     _, config = _runs.read_result(tmp_path)
     assert config == replace(now, compile_model=FIELDS["compile_model"].default,
@@ -530,8 +533,8 @@ def test_mixture_with_an_ngram_has_weights_by_bucket(runs, tmp_path):
     assert 0.1 < last["weights_ngram"][-1] < 0.9
     assert last["val_loss_ngram"] == result["val_loss"] < last["val_loss_learned"] - 2e-3
     assert not any("val_loss_ngram" in point for point in result["ensemble"][:-1])
-    assert f"val loss {last['val_loss_ngram']:.4f}, selection {last['selection_loss_ngram']:.4f}" in (
-        out.splitlines()[-2])
+    assert out.splitlines()[-2].split(maxsplit=2)[2] == (
+        f"val loss {last['val_loss_ngram']:.4f}, selection {last['selection_loss_ngram']:.4f}")
 
 
 @pytest.mark.parametrize("order", [0, 4])
@@ -626,6 +629,41 @@ def test_mixture_that_needs_what_is_not_there_is_refused(runs, tmp_path):
         assert "no selection" in complaint(mix, run.folder, *arguments)
     result, _ = mixed(tmp_path / "mix", run.folder, "--final_mixture=uniform")
     assert result["val_loss"] == run.result["val_loss"]
+
+
+# ==== plan ======================================================================================
+def test_plan_knows_spelling_and_split_tokens():
+    """The state and the tables on the device are those of a real optimizer; rows are longer."""
+    usual = make_config("cpu", preset="toy", num_layers=2)
+    config = replace(usual, spelling=True)
+    tables = bench.random_tables(config, 2047, np.random.default_rng(0))
+    optimizer = MuonAdamW(GPT(config).named_parameters(), config, tables=tables)
+    state = sum(part.nbytes for group in optimizer.groups for part in group.state.values())
+    fixed, _ = plan.fixed_parts(config, 1, torch.float32)
+    assert fixed["optimizer state"] == state
+    assert fixed["strings of tokens"] == sum(table.nbytes for table in optimizer.features)
+    before, _ = plan.fixed_parts(usual, 1, torch.float32)
+    assert state - before["optimizer state"] == 2 * 2 * 4 * 2048 * config.model_dim
+    assert before["strings of tokens"] == 0
+    arguments = ["--track=cpu", "--gpu=H100", "--gpus=1", "--spelling=true", "--row_memory=true"]
+    whole, halved = (said(plan, *arguments, f"--split_tokens={cut}") for cut in (0, 0.5))
+    tokens = [int(re.search(r"tokens +([\d,]+) an epoch", out)[1].replace(",", ""))
+              for out in (whole, halved)]
+    assert tokens[1] == pytest.approx(tokens[0] * (1 + 0.5 * plan.CAN_BE_CUT), abs=1)
+
+
+def test_plan_advises_no_part_of_a_row_to_those_who_remember_it():
+    arguments = ["--track=mini", "--gpu=RTX 4090", "--seq_len=16384", "--batch_rows=1",
+                 "--loss_chunk=16384"]
+    assert "it does with --device_batch_size=1 --loss_chunk=" in said(plan, *arguments)
+    assert "no device_batch_size fits" in said(plan, *arguments, "--row_memory=true")
+
+
+def test_split_tokens_make_rows_of_prose_as_much_longer_as_plan_says():
+    config = make_config("cpu", split_tokens=0.5)
+    data = load_dataset(ROOT / "data/prose", config)
+    rows = train_gpt.Rows(data.train, 64, 4, 1, 0, data.bos, data.tables["pairs"], 0.5)
+    assert rows.num_cut == pytest.approx(0.5 * plan.CAN_BE_CUT * rows.tokens, rel=0.02)
 
 
 # ==== baseline ==================================================================================

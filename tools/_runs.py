@@ -89,8 +89,8 @@ def load_member(folder, number, config, runtime):
 
 @torch.no_grad()
 def probabilities(model, tokens, temperature=1.0):
-    """p of what follows each of int64 `tokens` [B, T], rows: fp64 [B, T, vocab_size] on the CPU. With
-    the memory of the row, if the model has been trained with it."""
+    """p of what follows each of int64 `tokens` [B, T], rows: fp64 [B, T, vocab_size] on the CPU.
+    With the memory of the row, if the model has been trained with it."""
     config = model.config
     hidden = model(tokens).flatten(0, 1)
     logits, stands_for = token_logits(hidden, model.head.weight.to(hidden.dtype),

@@ -150,7 +150,7 @@ def random_data(config, steps):
 
 
 def random_tables(config, bos, random):
-    """What --spelling and --split_tokens need of tokens.npz; few features are common, as in text."""
+    """What --spelling and --split_tokens need of tokens.npz; few features are common, as there."""
     shape = FEATURES, config.padded_vocab
     features = (config.vocab_size * random.random(shape) ** 4).astype(np.int64)
     pairs = random.integers(0, max(1, bos), (config.vocab_size, 2))

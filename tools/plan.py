@@ -39,6 +39,7 @@ GPU_MEMORY = {"H100 PCIe": 80, "H100 NVL": 94, "H100": 80, "H200 NVL": 141, "H20
               "RTX 4090": 24}
 OTHER_SIZES = {"A100": "there are A100 of 40 GiB", "GH200": "there are GH200 of 144 GiB"}
 ROOM = 0.9                  # of a device's memory that tensors may take
+CAN_BE_CUT = 0.83           # of the tokens of data/prose, for --split_tokens
 LEAST_CHUNK = 64            # tokens of a loss chunk, below which lowering it is no advice
 HELD_OUT = {"prose": 110_000}   # tokens of val, about, and of holdout, by dataset
 HELD_OUT_ELSE = 10_000_000      # FineWeb's, and of datasets that are not known
@@ -337,7 +338,7 @@ def fitting(config, device, room):
         size //= 2
         trials.append({"device_batch_size": size})
     chunk = 1 << (config.loss_chunk - 1).bit_length()
-    while chunk > LEAST_CHUNK:
+    while chunk > LEAST_CHUNK and not config.row_memory:        # else a chunk is a whole row
         chunk //= 2
         trials.append({"device_batch_size": 1, "loss_chunk": chunk})
     for trial in trials:
@@ -517,7 +518,8 @@ def fit_lines(config, device):
         return [*lines, head.format("NO"), f"          it does with {lower}"]
     fixed, _ = fixed_parts(config, device.processes, device.dtype)
     alone = total(fixed) + fixed["weights"]     # gradients are as large
-    least = replace(config, device_batch_size=1, loss_chunk=min(config.loss_chunk, LEAST_CHUNK))
+    chunk = max(LEAST_CHUNK, config.row_memory * config.seq_len)
+    least = replace(config, device_batch_size=1, loss_chunk=min(config.loss_chunk, chunk))
     least = peak_bytes(least, device.processes, device.dtype)
     return [*lines, head.format("NO"), "          no device_batch_size fits: weights, gradients and"
             f" optimizer alone take {amount(alone)},",
@@ -531,6 +533,7 @@ def plan_lines(config, device):
     if tokens < 2:
         raise UserError(f"--train_tokens={config.train_tokens}: too few; more than"
                         f" --selection_tokens={config.selection_tokens} are needed")
+    tokens += round(CAN_BE_CUT * config.split_tokens * tokens)
     return [f"plan      {config.track} on {device.name}: {device.processes} process(es); nothing is"
             " trained, no dataset is read",
             *model_lines(config, tokens), *member_lines(config, tokens, device),

@@ -3,7 +3,8 @@
     python tools/sample.py runs/ID
     python tools/sample.py runs/ID --prompt="It was" --count=200 --temperature=1 --member=2
 
-Needs the run's folder and the meta.json and ranks file of its dataset; a prompt also needs tiktoken.
+Needs the run's folder and the meta.json and ranks file of its dataset; a prompt also needs
+tiktoken.
 """
 import argparse
 import sys
