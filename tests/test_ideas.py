@@ -137,7 +137,7 @@ def test_a_run_with_it(idea, tmp_path):
     name, folder = idea
     flag = {"warmup": "--lr_warmup=0.2", "z_loss": "--z_weight=0.01",
             "sgd": "--matrix_optimizer=sgd"}[name]
-    arguments = ["train_gpt.py", "--track=cpu", *TINY, "--num_models=1", "--ngram_order=0",
+    arguments = ["train_gpt.py", "--track=cpu", *TINY, "--num_models=1",
                  "--final_mixture=learned", f"--runs_dir={tmp_path}", flag]
     done = python(*arguments, "--run_id=one", cwd=folder)
     assert done.returncode == 0, done.stderr

@@ -10,10 +10,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
 import _runs
+import bench
 import plan
 from helpers import python, random_tokens
 from train_gpt import (PEAK_FLOPS, MuonAdamW, Runtime, Trainer, collect_state, make_config,
@@ -38,6 +40,11 @@ CASES = {
     "recurrence, XSA, meta": ("tiny", dict(meta_lr=0.5, meta_rows=2), "loss"),
     "vocabulary": ("mini", dict(vocab_size=20_000, loss_chunk=64), "loss"),
     "vocabulary, teacher": ("mini", dict(vocab_size=20_000, loss_chunk=64, kd_alpha=0.5), "loss"),
+    "memory of the row": ("mini", dict(row_memory=True), "loss"),
+    "memory of the row, teacher": ("mini", dict(row_memory=True, kd_alpha=0.5, loss_chunk=512),
+                                   "loss"),
+    "spelling": ("mini", dict(vocab_size=20_000, loss_chunk=128, batch_rows=4, spelling=True),
+                 "loss"),
     "weights": ("mini", dict(model_dim=384, seq_len=32, batch_rows=2), "optimizer"),
     "weights, meta": ("limited", dict(model_dim=256, vocab_size=200, seq_len=16, batch_rows=8,
                                       meta_lr=0.5, meta_rows=2), "optimizer"),
@@ -69,14 +76,16 @@ def allocated(work):
 
 def measured(config):
     """Bytes of tensors at most in (gradients, optimizer.step) of a real step."""
-    trainer = Trainer(config, start_runtime(config))
+    tables = bench.random_tables(config, config.vocab_size - 1, np.random.default_rng(1))
+    trainer = Trainer(config, start_runtime(config), tables)
     trainer.start_member(1, 1)
     if trainer.teacher is not None:
         trainer.teacher.load_state_dict(trainer.model.state_dict())
     tokens = random_tokens(config, config.batch_rows, config.seq_len + 1)
     inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:].clone()
     held = [*trainer.model.parameters(), *(trainer.teacher.parameters() if trainer.teacher else ()),
-            *(part for group in trainer.optimizer.groups for part in group.state.values())]
+            *(part for group in trainer.optimizer.groups for part in group.state.values()),
+            *trainer.optimizer.features]
     progress = trainer.stages[-1].start
     peak, left = allocated(
         lambda: trainer.gradients(inputs, targets, progress, bool(config.kd_alpha)))
