@@ -98,8 +98,8 @@ def test_result_lines_by_hand():
         " 1    3.2500    3.2500    3.1250    3.5000",
         " 2    3.0625    3.0000    2.8750    3.3750",
         "",
-        "result           val loss 2.8750 (learned mixture), 1.0369 bits per byte, selection 2.5000,"
-        " holdout 2.8125",
+        "result           val loss 2.8750 (learned mixture), 1.0369 bits per byte, selection"
+        " 2.5000, holdout 2.8125",
         "data efficiency  n/a against the one-epoch baseline, n/a against the tuned baseline",
         "time             train 62:05, compile 0:59, eval 0:00, wall 65:00",
         "speed            1,234,568 tokens/s, MFU 43.2%, peak memory 3,072 MiB"]

@@ -400,7 +400,7 @@ def test_techniques_of_tracks_and_others_together(name, small, spelled, tmp_path
                       for m in run.steps]
 
 
-# ==== What strings and rows tell =========================================================
+# ==== What strings and rows tell ================================================================
 def test_spelling_split_tokens_and_row_memory_each_change_a_run(pair, spelled, tmp_path):
     """The first member, which nobody teaches. Bits per byte are known with tokens.npz."""
     off = ["--spelling=false", "--split_tokens=0", "--row_memory=false"]
