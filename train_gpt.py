@@ -206,6 +206,7 @@ GATE_CHANNELS = 12          # of the residual stream, that attention gates read
 VALUE_GATE_CHANNELS = 32    # the same of the gates of value projections
 ASSUMED_MFU = 0.4           # of GPUs, for the estimate of time before a run
 CPU_FLOPS = 5e10            # of a core, for the same
+PROGRESS_SECONDS = 5        # between lines of progress on the console
 
 # ==== What is typed =====================================================================
 class UserError(ValueError):
@@ -566,7 +567,7 @@ def load_dataset(folder, config):
     scored = {"selection": selection} if selection else {}
     for split in ("val", "holdout"):
         scored[split] = cut_documents(splits[split], max(2, config.eval_tokens or math.inf))
-    if config.eval_tokens and meta.pop("baseline", None):
+    if 0 < config.eval_tokens < count_tokens(splits["val"]) and meta.pop("baseline", None):
         notes.append("data      a part of val is scored: no data efficiency, whose curve is of all")
     tables, found = read_token_tables(folder, config)
     val_bytes = int(tables["bytes"][np.concatenate(scored["val"])].sum()) if tables else None
@@ -732,8 +733,7 @@ def yarn(frequency, growths):
     return frequency, scale
 
 # A layer's attention: how many keys before its own a query sees, make_mask's mask, (cos, sin)
-# [T, 1, Dh/2], which key channels [Dh] are of the token before (None: none), the scale of q k, and
-# Runtime's path.
+# [T, 1, Dh/2], key channels [Dh] of the token before (None: none), scale of q k, Runtime's path.
 AttentionSpec = namedtuple("AttentionSpec", "window mask rope from_before scale path")
 
 # What a forward pass needs beside weights and tokens (GPT.specs): the order of the layers, how
@@ -1621,9 +1621,9 @@ class Log:
                 print(text, flush=True)
 
     def progress(self, text, always=False):
-        """A line for the console, every 5 seconds."""
+        """A line for the console, every PROGRESS_SECONDS."""
         now = time.monotonic()
-        if self.is_main and (always or now - self.last > 5):
+        if self.is_main and (always or now - self.last > PROGRESS_SECONDS):
             print(text, flush=True)
             self.last = now
 
@@ -2101,7 +2101,7 @@ def end_epoch(trainer, member, data):
         member.ends += 1
         weight = member.ends if config.average_recency else 1
         add_sums(member.average, {name: weight * value for name, value in values.items()})
-    return {f"{split}_loss": mean_loss(scores[split]) for split in scores if split == "selection"}
+    return {"selection_loss": mean_loss(scores["selection"])} if "selection" in scores else {}
 
 def final_scores(trainer, member, data):
     """{split: log p(target)} of what the member ends as; the model gets averaged weights."""

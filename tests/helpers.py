@@ -13,12 +13,14 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import _runs
 import train_gpt
 from shards import write_meta, write_shard
 from token_tables import merged_pairs, spelling_features, write_token_tables
@@ -96,6 +98,32 @@ def main(*arguments):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), kept_handlers():
         code = train_gpt.main(last_of_each(arguments))
     return code, out.getvalue(), err.getvalue()
+
+
+def tool(module, *arguments):
+    """(exit code, stdout, stderr) of a tool in this process, whose stdout is like a terminal's."""
+    out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.StringIO()
+    with (mock.patch.object(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)]),
+          kept_handlers(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+          pytest.raises(SystemExit) as end):
+        _runs.run_tool(module.main)
+    out.seek(0)
+    return end.value.code or 0, out.read(), err.getvalue()
+
+
+def said(module, *arguments):
+    """What a tool prints when all is well."""
+    code, out, err = tool(module, *arguments)
+    assert (code, err) == (0, "")
+    return out
+
+
+def complaint(module, *arguments):
+    """The one line that a tool says of what a person can mend."""
+    code, out, err = tool(module, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
 
 
 def train(runs, *arguments):

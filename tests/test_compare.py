@@ -2,9 +2,8 @@
 
     python -m pytest tests/test_compare.py
 """
-import contextlib
+import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -14,13 +13,12 @@ import subprocess
 import sys
 from dataclasses import asdict
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
 
-import _runs
 import compare
+import helpers
 from helpers import train
 from train_gpt import make_config
 
@@ -33,29 +31,13 @@ WITH = {1: 5.5, 2: 5.65, 3: 5.37}
 NODES = np.polynomial.legendre.leggauss(200)
 
 
-def tool(*arguments):
-    """(exit code, stdout, stderr) of compare.py in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with (mock.patch.object(sys, "argv", ["compare.py", *map(str, arguments)]),
-          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-          pytest.raises(SystemExit) as end):
-        _runs.run_tool(compare.main)
-    return end.value.code or 0, out.getvalue(), err.getvalue()
+tool = functools.partial(helpers.tool, compare)
+complaint = functools.partial(helpers.complaint, compare)
 
 
 def said(*arguments):
     """The lines that compare.py prints when all is well."""
-    code, out, err = tool(*arguments)
-    assert (code, err) == (0, "")
-    return out.splitlines()
-
-
-def complaint(*arguments):
-    """The one line that compare.py says of what a person can mend."""
-    code, out, err = tool(*arguments)
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ") and err.count("\n") == 1
-    return err
+    return helpers.said(compare, *arguments).splitlines()
 
 
 def fabricate(runs, name, losses, source="a" * 64, data=DATA, track="cpu", finished=True, extra=(),

@@ -447,6 +447,8 @@ def test_a_part_of_val_has_no_data_efficiency(dataset):
     meta = json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
     shards.write_meta(dataset, meta | {"baseline": {"one_epoch": [[100, 5.0]]}})
     assert load(dataset).meta["baseline"] and load(dataset).notes == []
+    for whole in (400, 9999):       # no less than val has
+        assert load(dataset, eval_tokens=whole).meta["baseline"]
     data = load(dataset, eval_tokens=50)
     assert "baseline" not in data.meta
     assert [note for note in data.notes if "no data efficiency" in note] == data.notes != []

@@ -2,13 +2,10 @@
 
     python -m pytest tests/test_plan.py
 """
-import contextlib
-import io
+import functools
 import re
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +13,7 @@ import torch
 
 import _runs
 import bench
+import helpers
 import plan
 from helpers import python, random_tokens
 from train_gpt import (PEAK_FLOPS, MuonAdamW, Runtime, Trainer, collect_state, make_config,
@@ -93,30 +91,15 @@ def measured(config):
     return size(held) + peak, size(held) + left + later
 
 
-def tool(*arguments):
-    """(exit code, stdout, stderr) of the tool in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with (mock.patch.object(sys, "argv", ["plan.py", *arguments]),
-          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-          pytest.raises(SystemExit) as end):
-        _runs.run_tool(plan.main)
-    return end.value.code or 0, out.getvalue(), err.getvalue()
+tool = functools.partial(helpers.tool, plan)
+complaint = functools.partial(helpers.complaint, plan)
 
 
 def said(*arguments):
     """What it prints when all is well."""
-    code, out, err = tool(*arguments)
-    assert (code, err) == (0, "")
+    out = helpers.said(plan, *arguments)
     assert max(map(len, out.splitlines())) <= 100
     return out
-
-
-def complaint(*arguments):
-    """The one line that it says of what a person can mend."""
-    code, out, err = tool(*arguments)
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ") and err.count("\n") == 1
-    return err
 
 
 # ==== Memory ====================================================================================

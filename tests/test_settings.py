@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import pytest
-import torch
 
 import train_gpt
 from helpers import SCRIPT, TOY, have_gpus, main, python

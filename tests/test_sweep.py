@@ -3,7 +3,7 @@
     python -m pytest tests/test_sweep.py
 """
 import contextlib
-import io
+import functools
 import json
 import os
 import re
@@ -15,15 +15,14 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
 
-import _runs
 import compare
+import helpers
 import sweep
-from helpers import ROOT, clean_environment, have_gpus, kept_handlers
+from helpers import ROOT, clean_environment, have_gpus
 from train_gpt import TRACKS, UserError, as_text, make_config
 
 SCRIPT = str(ROOT / "tools/sweep.py")
@@ -35,22 +34,8 @@ TWO_BY_TWO = [*SHORT, "--seeds=1,2", "--dropout=0,0.4"]
 SPLITS = ("selection", "val", "holdout")
 
 
-def tool(*arguments):
-    """(exit code, stdout, stderr) of sweep.py in this process; its runs are processes as ever."""
-    out, err = io.StringIO(), io.StringIO()
-    with (mock.patch.object(sys, "argv", ["sweep.py", *map(str, arguments)]), kept_handlers(),
-          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-          pytest.raises(SystemExit) as end):
-        _runs.run_tool(sweep.main)
-    return end.value.code or 0, out.getvalue(), err.getvalue()
-
-
-def complaint(*arguments):
-    """The one line that sweep.py says of what a person can mend, before it runs anything."""
-    code, out, err = tool(*arguments)
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ") and err.count("\n") == 1
-    return err
+tool = functools.partial(helpers.tool, sweep)
+complaint = functools.partial(helpers.complaint, sweep)
 
 
 @pytest.fixture

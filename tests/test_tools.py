@@ -2,19 +2,15 @@
 
     python -m pytest tests/test_tools.py
 """
-import argparse
 import base64
-import contextlib
 import hashlib
 import importlib
-import io
 import json
 import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,6 +20,7 @@ from safetensors.torch import load_file
 import _runs
 import baseline
 import bench
+import helpers
 import logit_average
 import mix
 import plan
@@ -43,29 +40,15 @@ TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("[a-z]*.py"))
 
 
 def tool(module, *arguments):
-    """(exit code, stdout, stderr) of a tool in this process, whose stdout is like a terminal's."""
-    out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.StringIO()
-    with (mock.patch.object(sys, "argv", [f"{module.__name__}.py", *last_of_each(arguments)]),
-          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-          pytest.raises(SystemExit) as end):
-        _runs.run_tool(module.main)
-    out.seek(0)
-    return end.value.code or 0, out.read(), err.getvalue()
+    return helpers.tool(module, *last_of_each(arguments))
 
 
 def said(module, *arguments):
-    """What a tool prints when all is well."""
-    code, out, err = tool(module, *arguments)
-    assert (code, err) == (0, "")
-    return out
+    return helpers.said(module, *last_of_each(arguments))
 
 
 def complaint(module, *arguments):
-    """The one line that a tool says of what a person can mend."""
-    code, out, err = tool(module, *arguments)
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ") and err.count("\n") == 1
-    return err
+    return helpers.complaint(module, *last_of_each(arguments))
 
 
 @pytest.fixture(scope="module")

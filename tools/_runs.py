@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT))           # a tool is started as a script: only it
 import torch  # noqa: E402
 
 from train_gpt import (  # noqa: E402
-    FIELDS, GPT, Config, UserError, make_config, member_path, parse, parse_arguments,
+    FIELDS, FREE, GPT, Config, UserError, as_text, make_config, member_path, parse, parse_arguments,
     plan_launch, read_tensors, report_error, shift, token_logits)
 
 
@@ -76,6 +76,11 @@ def field_value(name, value):
     if isinstance(value, str) and kind is not str:
         return parse(name, value)
     return kind(value)
+
+
+def compared(values):
+    """{field: text} of a config's values {field: value}, without what changes no number."""
+    return {name: as_text(value) for name, value in values.items() if name not in FREE}
 
 
 def load_member(folder, number, config, runtime):

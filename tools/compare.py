@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from _runs import ROOT, read_result, run_tool
-from train_gpt import FREE, UserError, as_text, minutes
+from _runs import ROOT, compared, read_result, run_tool
+from train_gpt import UserError, minutes
 
 SPLITS = ("selection", "val", "holdout")
 SIGNIFICANT = 0.05
@@ -65,9 +65,8 @@ def read_run(folder):
         facts = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    settings = {name: as_text(value) for name, value in result["config"].items()
-                if name not in (*FREE, "seed")}
-    return Run(folder, int(result["config"]["seed"]), settings,
+    settings = compared(result["config"])
+    return Run(folder, int(settings.pop("seed")), settings,
                {name: facts[name] for name in facts if name.endswith(".py")},
                result["data_sha256"], losses, result["train_seconds"])
 
@@ -137,25 +136,27 @@ def pairs_of(ours, theirs):
     return pairs if len(pairs) > 1 or min(len(ours), len(theirs)) < 2 else []
 
 
+def sides_of(ours, theirs):
+    """The two groups as they are compared: the pairs' runs, if there are pairs."""
+    pairs = pairs_of(ours, theirs)
+    return tuple(zip(*pairs)) if pairs else (ours, theirs)
+
+
 def difference(ours, theirs, split):
     """The Difference of two groups of Runs in a loss: by pairs if there are two, else Welch's."""
     stats = import_stats()
-    pairs = pairs_of(ours, theirs)
-    a = [run.losses[split] for run in (zip(*pairs).__next__() if pairs else ours)]
-    b = [run.losses[split] for run in ([pair[1] for pair in pairs] if pairs else theirs)]
+    a, b = ([run.losses[split] for run in side] for side in sides_of(ours, theirs))
     mean = float(np.mean(a) - np.mean(b))
     if min(len(a), len(b)) < 2:
         return Difference(mean, np.nan, (np.nan, np.nan), np.nan)
-    if pairs:
+    paired = bool(pairs_of(ours, theirs))
+    if paired:
         error = mean_and_error(np.subtract(a, b))[1]
-        if error == 0:          # all differences are one: no spread to judge by
-            return Difference(mean, 0.0, (mean, mean), np.nan)
-        test = stats.ttest_rel(a, b)
     else:
         error = float(np.hypot(mean_and_error(a)[1], mean_and_error(b)[1]))
-        if error == 0:
-            return Difference(mean, 0.0, (mean, mean), np.nan)
-        test = stats.ttest_ind(a, b, equal_var=False)
+    if error == 0:              # no spread to judge by
+        return Difference(mean, 0.0, (mean, mean), np.nan)
+    test = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
     interval = test.confidence_interval(0.95)
     return Difference(mean, error, (float(interval.low), float(interval.high)), float(test.pvalue))
 
@@ -180,15 +181,14 @@ def holm(values):
 
 # ==== Differences of settings and sources =======================================================
 def differing(settings, base):
-    """["field=value (was value)"] of two dicts of texts."""
-    return [f"{name}={settings.get(name, 'gone')} (was {base.get(name, 'not there')})"
-            for name in sorted(settings.keys() | base.keys())
+    """Fields in which two dicts of texts differ."""
+    return [name for name in sorted(settings.keys() | base.keys())
             if settings.get(name) != base.get(name)]
 
 
 def short(settings, base):
-    """The same without what was: a label."""
-    return " ".join(part.partition(" (was ")[0] for part in differing(settings, base))
+    """"field=value ..." of these: a label."""
+    return " ".join(f"{name}={settings.get(name, 'gone')}" for name in differing(settings, base))
 
 
 @functools.cache
@@ -236,7 +236,9 @@ def compare_two(ours, theirs):
             what = short(other.settings, group[0].settings) or "source or data"
             raise UserError(f"{other.folder}, in {side}, is of another kind than {group[0].folder}:"
                             f" {what}; give one kind a side, or all without --against")
-    changes = differing(ours[0].settings, theirs[0].settings)
+    now, before = ours[0].settings, theirs[0].settings
+    changes = [f"{name}={now.get(name, 'gone')} (was {before.get(name, 'not there')})"
+               for name in differing(now, before)]
     pairs = pairs_of(ours, theirs)
     lines = [name_group("with", ours), name_group("against", theirs)]
     if changes:
@@ -255,10 +257,9 @@ def compare_two(ours, theirs):
         lines.append(f"seeds     {' '.join(map(str, sorted(missing)))} on one side only: {use}")
     lines += ["", f"{'':11}{'with':>18}{'against':>18}{'difference':>20}{'95 % interval':>22}"
               f"{'p':>8}"]
-    for split in SPLITS:
-        sides = [group_losses([pair[i] for pair in pairs] or group, split)
-                 for i, group in enumerate((ours, theirs))]
-        found = difference(ours, theirs, split)
+    differences = {split: difference(ours, theirs, split) for split in SPLITS}
+    for split, found in differences.items():
+        sides = [group_losses(side, split) for side in sides_of(ours, theirs)]
         interval = "" if np.isnan(found.error) else (
             f"{found.interval[0]:+.4f} to {found.interval[1]:+.4f}")
         lines.append(f"{split:11}{sides[0]:>18}{sides[1]:>18}"
@@ -267,8 +268,7 @@ def compare_two(ours, theirs):
     times = [np.mean([run.seconds for run in group]) for group in (ours, theirs)]
     lines.append(f"{'train time':11}{minutes(times[0]):>18}{minutes(times[1]):>18}"
                  f"{times[0] / max(1e-9, times[1]):>19.2f}x")
-    return [*lines, "", verdict(difference(ours, theirs, "selection"), len(pairs),
-                                (len(ours), len(theirs)))]
+    return [*lines, "", verdict(differences["selection"], len(pairs), (len(ours), len(theirs)))]
 
 
 def name_group(word, group):
@@ -330,7 +330,7 @@ def compare_groups(groups, base=None, labels=None):
     """Lines on several groups, best first on selection, each against `base` (the plainest).
     labels: {kind: name} of groups that have one."""
     base = base or plainest(groups)
-    check_comparable([run for group in groups for run in (*base, *group)])
+    check_comparable([*base, *(run for group in groups for run in group)])
     groups = sorted(groups, key=lambda group: np.mean([run.losses["selection"] for run in group]))
     others = [group for group in groups if group is not base]
     found = {id(group): {split: difference(group, base, split) for split in SPLITS}

@@ -32,10 +32,10 @@ from typing import NamedTuple
 
 import torch
 
-from _runs import ROOT, run_tool
+from _runs import ROOT, compared, run_tool
 from compare import compare_groups, compare_one, kind_of, read_run
-from train_gpt import (FIELDS, FREE, SOURCE, UserError, as_text, check_name, make_config, minutes,
-                       parse_arguments, plan_launch, run_name)
+from train_gpt import (FIELDS, SOURCE, UserError, check_name, make_config, minutes, parse_arguments,
+                       plan_launch, run_name)
 
 OPTIONS = ("seeds", "jobs", "out", "rows", "one_at_a_time")
 OWN = ("run_id", "runs_dir", "seed")        # fields that the sweep sets itself
@@ -181,11 +181,10 @@ def is_done(job):
     path = job.folder / "result.json"
     if not path.exists():
         return False
-    held = json.loads(path.read_text(encoding="utf-8"))["config"]
-    for name, value in asdict(job.config).items():
-        ours = as_text(value)
-        theirs = as_text(held[name]) if name in held else "not there"
-        if name not in FREE and ours != theirs and (name, ours) != ("dtype", "auto"):
+    held = compared(json.loads(path.read_text(encoding="utf-8"))["config"])
+    for name, ours in compared(asdict(job.config)).items():
+        theirs = held.get(name, "not there")
+        if ours != theirs and (name, ours) != ("dtype", "auto"):
             raise UserError(f"{job.folder}: a run with --{name}={theirs} instead of {ours}; choose"
                             " another --out")
     return True
@@ -295,14 +294,15 @@ class Sweep:
 
     def fill(self):
         """Start a run on each slot that is free."""
-        for slot, held in self.running.items():
+        for slot in [slot for slot, held in self.running.items() if held is None]:
             job = next((job for job in self.waiting if not is_under_way(job)), None)
-            if held is None and job:
-                self.waiting.remove(job)
-                if is_done(job):            # by another process, meanwhile
-                    self.finished += 1
-                else:
-                    self.running[slot] = job, self.machine.start(job, slot)
+            if job is None:
+                return
+            self.waiting.remove(job)
+            if is_done(job):                # by another process, meanwhile
+                self.finished += 1
+            else:
+                self.running[slot] = job, self.machine.start(job, slot)
 
     def collect(self):
         """Note the runs that have ended."""
@@ -361,8 +361,8 @@ def table(jobs):
 
 def distance_from_track(run):
     """How many fields of a run are not as its track has them."""
-    usual = asdict(make_config(run.settings["track"]))
-    return sum(as_text(usual[name]) != text for name, text in run.settings.items() if name in usual)
+    usual = compared(asdict(make_config(run.settings["track"])))
+    return sum(usual[name] != text for name, text in run.settings.items() if name in usual)
 
 
 def main():
