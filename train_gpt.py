@@ -20,6 +20,7 @@ optimizer, schedules, ensemble, files, report, training.
 """
 import contextlib
 import copy
+import ctypes
 import difflib
 import fcntl
 import hashlib
@@ -117,8 +118,6 @@ class Config:
                          toy=64)
     num_heads: int = opt(14, "attention heads", cpu=4, mini=6, tiny=8, unlimited=16, toy=2)
     mlp_multiple: int = opt(256, "8/3 model_dim is rounded up to it", cpu=32, toy=32)
-    embed_init: float = opt(1, "standard deviation of the first embeddings")
-    head_init: float = opt(0.001, "standard deviation of the head's first weights")
     proj_init: str = opt("normal", "of projections", "normal", "zero", cpu="zero", tiny="zero")
     resid_init: float = opt(1, "first r of x <- r x + a x0; 0: no r", cpu=0, tiny=1.1)
     x0_init: float = opt(0.1, "first a of it (x0: the embedding); 0: no a", cpu=0)
@@ -184,7 +183,7 @@ class Config:
     dropout: float = opt(0.1, "after output projections", most=1, cpu=0, limited=0.05)
     mlp_dropout: bool = opt(True, "after the MLP's too", tiny=False)
     stochastic_depth: float = opt(0, "of the last block; linear", most=1, two_hour=0.05)
-    loss_chunk: int = opt(2048, "tokens whose logits are in memory", cpu=1024, toy=512)
+    loss_chunk: int = opt(2048, "tokens whose logits are in memory", cpu=512)
 
     @property
     def padded_vocab(self):
@@ -427,6 +426,10 @@ def start_runtime(config):
     torch._dynamo.config.recompile_limit = 64       # stages, and a teacher; beyond it is eager
     if kind == "cuda":
         choose_attention(runtime, config.compile_model)
+    if kind == "cpu":           # 0.75 of a step's time: glibc keeps what is freed
+        with contextlib.suppress(OSError, AttributeError):
+            for parameter, value in ((-3, 2 ** 25), (-1, 2 ** 31 - 1)):     # M_MMAP, M_TRIM
+                ctypes.CDLL(None).mallopt(parameter, value)
     return runtime
 
 def join_process_group(backend, config):
@@ -601,15 +604,16 @@ def cut_selection(documents, config):
 
 def read_token_tables(folder, config):
     """({name: array} of data/token_tables.py, {"tokens.npz": SHA-256}); {} if there are none and
-    only bits per byte would need them, else UserError."""
+    only bits per byte would need them. UserError if they are needed, or damaged."""
     path = folder / "tokens.npz"
+    if not path.exists() and not config.spelling and not config.split_tokens:
+        return {}, {}
     try:
         tables = {name: np.load(path)[name] for name in ("bytes", "pairs", "features", "weights")}
-        assert len(tables["bytes"]) == config.vocab_size, "of another vocabulary"
+        if len(tables["bytes"]) != config.vocab_size:
+            raise ValueError(f"of {len(tables['bytes'])} tokens, not {config.vocab_size}")
         return tables, {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
     except Exception as error:          # not there, not whole, without a table
-        if not config.spelling and not config.split_tokens:
-            return {}, {}
         raise UserError(f"{path}: cannot be read ({error}); it is made from the ranks of tokens:"
                         f" python data/token_tables.py {folder}") from None
 
@@ -948,11 +952,6 @@ class GPT(nn.Module):
         x = self.mtp_proj(torch.cat((hidden, following), dim=-1))
         return norm(self.drop_block(self.config.num_layers, self.mtp_block(x, None, specs.mtp), x))
 
-    def logits(self, hidden):
-        """[..., D] -> softcapped fp32 logits [..., vocab_size], without the padding and memory."""
-        weight = self.head.weight.to(hidden.dtype)
-        return capped_logits(hidden, weight, self.config.softcap)[..., :self.config.vocab_size]
-
 def num_parameters(module):
     return sum(p.numel() for p in module.parameters())
 
@@ -1146,9 +1145,9 @@ def parameter_table(c):
     proj = ("normal", c.model_dim ** -0.5) if c.proj_init == "normal" else ("constant", 0.0)
     rows = "spelled" if c.spelling else "adamw"
     return [ParameterRow(*row) for row in (
-        (r"wte\.weight", ("normal", c.embed_init), rows, c.embed_lr, c.weight_decay, betas,
+        (r"wte\.weight", ("normal", 1.0), rows, c.embed_lr, c.weight_decay, betas,
          c.embed_lr),
-        (r"head\.weight", ("normal", c.head_init), rows, c.head_lr, c.weight_decay, betas,
+        (r"head\.weight", ("normal", 0.001), rows, c.head_lr, c.weight_decay, betas,
          c.head_shared_lr),
         (r"resid_lambdas", ("constant", c.resid_init), "adamw", c.scalar_lr, 0.0, betas),
         (r"skip_lambdas", ("constant", 1.0), "adamw", c.scalar_lr, 0.0, betas),

@@ -24,7 +24,7 @@ import _runs
 import train_gpt
 from shards import write_meta, write_shard
 from token_tables import merged_pairs, spelling_features, write_token_tables
-from train_gpt import GPT, MuonAdamW, Trainer, make_config, start_runtime
+from train_gpt import GPT, MuonAdamW, Trainer, capped_logits, make_config, start_runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = str(ROOT / "train_gpt.py")
@@ -241,6 +241,12 @@ def randomize(model, seed=0):
             scale = 1.0 if p.ndim == 1 or "gate" in name else 1.5 / p.shape[-1] ** 0.5
             p.copy_(scale * randn(*p.shape, seed=1000 * seed + i))
     return model
+
+
+def logits_of(model, hidden):
+    """[..., D] -> softcapped fp32 logits [..., vocab_size], without the padding and memory."""
+    weight = model.head.weight.to(hidden.dtype)
+    return capped_logits(hidden, weight, model.config.softcap)[..., :model.config.vocab_size]
 
 
 def random_model(config, seed=0, attention="sdpa"):

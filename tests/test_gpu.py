@@ -17,9 +17,9 @@ import torch
 
 import train_gpt
 from chaos import RUN, assert_same
-from helpers import (CPU, SCRIPT, TECHNIQUES, TINY, gradients_of, losses, main, make_dataset,
-                     needs_compiler, randn, random_model, random_tokens, randomize, read_run,
-                     relative_error, rng, small_config, small_tables, torchrun, train)
+from helpers import (CPU, SCRIPT, TECHNIQUES, TINY, gradients_of, logits_of, losses, main,
+                     make_dataset, needs_compiler, randn, random_model, random_tokens, randomize,
+                     read_run, relative_error, rng, small_config, small_tables, torchrun, train)
 from train_gpt import (GPT, TRACKS, AttentionSpec, LossSpec, MuonAdamW, Runtime, Trainer, attend,
                        choose_attention, chunked_loss, generator_of, is_distilled, loss_chunk,
                        make_config, make_mask, peak_flops, start_runtime, training_stages)
@@ -206,7 +206,7 @@ def states_and_gradients(model, forward, mtp_hidden):
     states = {"hidden": forward(model, tokens, specs)}
     if config.mtp_weight:
         states["ahead"] = mtp_hidden(model, states["hidden"], following, specs)
-    sum(model.logits(x).square().mean() for x in states.values()).backward()
+    sum(logits_of(model, x).square().mean() for x in states.values()).backward()
     results = {**states, **gradients_of(model)}
     return {name: x.detach().cpu().double() for name, x in results.items()}
 

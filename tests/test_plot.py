@@ -18,7 +18,7 @@ import torch
 import _runs
 import mix
 import plot
-from helpers import make_dataset, train
+from helpers import logits_of, make_dataset, train
 from train_gpt import equivalent_tokens, load_dataset, write_json
 
 pytest.importorskip("matplotlib")
@@ -469,7 +469,7 @@ def slow_confidences(run, tokens):
         inputs = stream[row * config.seq_len:(row + 1) * config.seq_len]
         with torch.no_grad():
             hidden = [model(torch.tensor([inputs])) for model in models]
-            logits = [model.logits(h)[0].double().numpy() for model, h in zip(models, hidden)]
+            logits = [logits_of(model, h)[0].double().numpy() for model, h in zip(models, hidden)]
         for t in range(len(inputs)):
             target = stream[row * config.seq_len + t + 1]
             each = [np.exp(z[t]) for z in logits]

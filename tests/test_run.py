@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 import train_gpt
 from helpers import (
-    ROOT, SCRIPT, TINY, TOY, VOCAB, clean_environment, last_of_each, losses, main, make_dataset,
-    python, read_run, saved_logps, torchrun, train)
+    ROOT, SCRIPT, TINY, TOY, VOCAB, clean_environment, last_of_each, logits_of, losses, main,
+    make_dataset, python, read_run, saved_logps, torchrun, train)
 from shards import read_shard
 from train_gpt import GPT, Log, as_text, make_config
 
@@ -268,7 +268,7 @@ def test_saved_weights_give_the_saved_scores(prose):
         for start in range(0, len(tokens) - 1, 64):
             row = tokens[start:start + 65]
             with torch.no_grad():
-                logits = model.logits(model(row[None, :-1]))[0].double()
+                logits = logits_of(model, model(row[None, :-1]))[0].double()
             parts.append(torch.log_softmax(logits, dim=1).gather(1, row[1:, None])[:, 0])
         assert np.abs(torch.cat(parts).numpy() - saved["val"]).max() < 1e-4
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import train_gpt
-from helpers import (BOS, VOCAB, batch, gradients_of, losses, main, make_dataset, random_tokens,
-                     random_trainer, randomize, relative_error, small_config, small_tables, train,
-                     TINY)
+from helpers import (BOS, VOCAB, batch, gradients_of, logits_of, losses, main, make_dataset,
+                     random_tokens, random_trainer, randomize, relative_error, small_config,
+                     small_tables, train, TINY)
 from train_gpt import (GPT, Clocks, Log, Member, Rows, Trainer, UserError, collect_state,
                        load_dataset, make_config, member_facts, micro_batch_rows, parse,
                        read_tensors, restore_state, result_lines, run_costs, start_runtime,
@@ -58,7 +58,7 @@ NONE = -1e4         # a logit of what is not there: its p is exactly 0
 def naive_logits(model, hidden, targets):
     """(logits [B, T, V], the token of each), and with the row's memory T more: h_t h_i / sqrt(D) of
     what was to be predicted at each earlier position i of the row, if anything was."""
-    (rows, length, dim), logits = hidden.shape, model.logits(hidden)
+    (rows, length, dim), logits = hidden.shape, logits_of(model, hidden)
     tokens = torch.arange(logits.shape[-1]).expand(logits.shape)
     if not model.config.row_memory:
         return logits, tokens
@@ -112,7 +112,7 @@ def naive_losses(trainer, inputs, targets, specs, later=(), alpha=0.0, rows=None
         loss = loss + weight * cross_entropy(student, tokens, having(ahead)) / count
     if config.mtp_weight:
         following = torch.cat((inputs[:, 1:], targets[:, -1:].clamp(min=0)), dim=1)
-        predicting = model.logits(model.mtp_hidden(hidden, following, specs))
+        predicting = logits_of(model, model.mtp_hidden(hidden, following, specs))
         second = having(2, and_next=False)
         ce = cross_entropy(predicting, tokens[:, :, :VOCAB], second)
         loss = loss + config.mtp_weight * ce / max(1, len(second))

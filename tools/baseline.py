@@ -34,7 +34,7 @@ KEY = "tokens", "epochs", "weight_decay", *TRIED        # what tells runs apart
 KEPT = """track preset run_id runs_dir seed device dtype compile compile_model time_limit log_steps
 save_minutes allow_changed hang_minutes dataset train_tokens selection_tokens
 eval_tokens vocab_size seq_len batch_rows device_batch_size num_epochs num_layers model_dim
-num_heads mlp_multiple embed_init head_init proj_init resid_init x0_init unet value_projections
+num_heads mlp_multiple proj_init resid_init x0_init unet value_projections
 attn_gate qk_norm rope_base rope_fraction key_offset xsa iha window_pattern window_schedule softcap
 matrix_lr embed_lr head_lr x0_lr scalar_lr gate_lr momentum momentum_start momentum_steps muon_eq
 normuon_beta2 cautious weight_decay lr_warmdown lr_power lr_floor grad_clip loss_chunk""".split()
