@@ -205,6 +205,7 @@ GATE_CHANNELS = 12          # of the residual stream, that attention gates read
 VALUE_GATE_CHANNELS = 32    # the same of the gates of value projections
 ASSUMED_MFU = 0.4           # of GPUs, for the estimate of time before a run
 CPU_FLOPS = 5e10            # of a core, for the same
+BASELINES = {"one_epoch": "one epoch", "tuned": "a tuned plain model", "single": "a tuned member"}
 PROGRESS_SECONDS = 5        # between lines of progress on the console
 
 # ==== What is typed =====================================================================
@@ -428,8 +429,8 @@ def start_runtime(config):
         choose_attention(runtime, config.compile_model)
     if kind == "cpu":           # 0.75 of a step's time: glibc keeps what is freed
         with contextlib.suppress(OSError, AttributeError):
-            for parameter, value in ((-3, 2 ** 25), (-1, 2 ** 31 - 1)):     # M_MMAP, M_TRIM
-                ctypes.CDLL(None).mallopt(parameter, value)
+            ctypes.CDLL(None).mallopt(-3, 2 ** 25)          # M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)      # M_TRIM_THRESHOLD
     return runtime
 
 def join_process_group(backend, config):
@@ -1146,7 +1147,7 @@ def parameter_table(c):
     rows = "spelled" if c.spelling else "adamw"
     return [ParameterRow(*row) for row in (
         (r"wte\.weight", ("normal", 1.0), rows, c.embed_lr, c.weight_decay, betas,
-         c.embed_lr),
+         2 * c.embed_lr),
         (r"head\.weight", ("normal", 0.001), rows, c.head_lr, c.weight_decay, betas,
          c.head_shared_lr),
         (r"resid_lambdas", ("constant", c.resid_init), "adamw", c.scalar_lr, 0.0, betas),
@@ -1696,9 +1697,9 @@ def equivalent_tokens(loss, curve):
     return float(np.interp(-loss, [-value for value in losses], tokens)), sign
 
 def data_efficiency(loss, baseline, train_tokens):
-    """{one_epoch, tuned, curve}: multiples of train_tokens, numbers or strings as "> 12.4"."""
-    result = {"one_epoch": "n/a", "tuned": "n/a", "curve": baseline}
-    for kind in ("one_epoch", "tuned"):
+    """{kind of BASELINES, and curve}: multiples of train_tokens, numbers or strings as "> 12.4"."""
+    result = {**dict.fromkeys(BASELINES, "n/a"), "curve": baseline}
+    for kind in BASELINES:
         if (baseline or {}).get(kind):
             tokens, sign = equivalent_tokens(loss, baseline[kind])
             multiple = round(tokens / train_tokens, 2)
@@ -1749,16 +1750,16 @@ def result_lines(result):
     bpb = f"{result['val_bpb']:.4f}" if result["val_bpb"] else "n/a"
     chosen_on = result.get("selection_loss")        # results of earlier versions have none
     selection = f", selection {chosen_on:.4f}" if chosen_on else ""
-    multiples = {kind: value if value == "n/a" else f"{value}x"
-                 for kind, value in result["data_efficiency"].items()}
+    found = result["data_efficiency"]
+    multiples = [f"{found[kind]}x {name}" for kind, name in BASELINES.items()
+                 if found.get(kind, "n/a") != "n/a"]
     times = ", ".join(f"{kind} {minutes(result[f'{kind}_seconds'])}"
                       for kind in ("train", "compile", "eval", "wall"))
     over = "; OVER the track's time limit" if result["over_time_limit"] else ""
     return lines + [
         "", f"result           val loss {result['val_loss']:.4f} ({result['final_mixture']}"
         f" mixture), {bpb} bits per byte{selection}, holdout {result['holdout_loss']:.4f}",
-        f"data efficiency  {multiples['one_epoch']} against the one-epoch baseline,"
-        f" {multiples['tuned']} against the tuned baseline",
+        f"data efficiency  {', '.join(multiples) or 'n/a'}",
         f"time             {times}{over}",
         f"speed            {result['tokens_per_second']:,.0f} tokens/s, MFU"
         f" {percent(result['mfu'])}, peak memory {result['peak_memory_bytes'] / 2 ** 20:,.0f} MiB"]

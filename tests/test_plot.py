@@ -26,7 +26,7 @@ from matplotlib.figure import Figure  # noqa: E402
 
 # of the toy runs, whose val loss is between 3 and 5
 BASELINE = {"one_epoch": [[1_000, 9.0], [2_000, 5.0], [1_000_000, 2.0], [3_000_000, 1.0]],
-            "tuned": [[1_000, 8.0], [50_000, 1.5]]}
+            "tuned": [[1_000, 8.0], [50_000, 1.5]], "single": [[2_000, 7.0], [50_000, 1.7]]}
 RANDOM = ["--vocab_size=100", "--seq_len=16", "--model_dim=32", "--selection_tokens=300",
           "--num_layers=1", "--train_tokens=3000", "--eval_tokens=0", "--batch_rows=16"]
 
@@ -236,11 +236,12 @@ def test_mixture_with_an_ngram(runs, tmp_path):
     assert_legible(figure)
 
 
-def test_baselines_with_the_point_and_both_multiples(of_one, runs):
+def test_baselines_with_the_point_and_all_multiples(of_one, runs):
     axes, result = panel(of_one, "Data efficiency"), runs.one.result
     loss, tokens = result["val_loss"], result["train_tokens"]
     assert 2 < loss < 5
-    for kind, label in (("one_epoch", "plain model, one epoch"), ("tuned", "plain model, tuned")):
+    for kind, label in (("one_epoch", "plain model, one epoch"), ("tuned", "plain model, tuned"),
+                        ("single", "one such member, tuned")):
         assert curve(axes, label) == tuple(map(list, zip(*BASELINE[kind])))
     assert curve(axes, f"this run: {loss:.4f}") == ([float(tokens)], [loss])
     there = {kind: float(np.interp(-loss, [-y for _, y in BASELINE[kind]],
@@ -248,7 +249,7 @@ def test_baselines_with_the_point_and_both_multiples(of_one, runs):
     written = {text.get_text(): text.xy for text in axes.texts if text.get_text()}
     assert written == {f"{round(there[kind] / tokens, 2)}x": (there[kind], loss)
                        for kind in BASELINE}
-    assert len(written) == 2
+    assert len(written) == 3
     arrows = [(text.xy, text.xyann) for text in axes.texts if not text.get_text()]
     assert sorted(arrows) == sorted(((x, loss), (tokens, loss)) for x in there.values())
     assert axes.get_xlabel() == "training tokens" and axes.get_xscale() == "log"
@@ -309,7 +310,7 @@ def test_several_runs_in_one_picture(runs, tmp_path, monkeypatch):
     axes = panel(figure, "Data efficiency")
     for run in three:
         result, times = run.result, run.result["data_efficiency"]
-        label = f"{run.folder.name}: {times['one_epoch']}x, {times['tuned']}x"
+        label = f"{run.folder.name}: " + ", ".join(f"{times[kind]}x" for kind in BASELINE)
         assert curve(axes, label) == ([result["train_tokens"]], [result["val_loss"]])
 
     labels = [label for label, _, _ in curves(panel(figure, "Calibration on val"))]

@@ -28,7 +28,7 @@ PUBLIC = [[2e8, 3.703], [4e8, 3.370], [6e8, 3.200], [8e8, 3.123], [1e9, 3.046], 
     (3.370, 4.0), (3.703, 2.0), (2.892, 20.0)])
 def test_data_efficiency_of_the_public_results(loss, multiple):
     assert data_efficiency(loss, {"one_epoch": PUBLIC}, 1e8) == {
-        "one_epoch": multiple, "tuned": "n/a", "curve": {"one_epoch": PUBLIC}}
+        "one_epoch": multiple, "tuned": "n/a", "single": "n/a", "curve": {"one_epoch": PUBLIC}}
 
 
 def test_equivalent_tokens_by_hand():
@@ -59,7 +59,7 @@ def test_beyond_the_curve_nothing_is_extrapolated():
 @pytest.mark.parametrize("baseline", [None, {}, {"one_epoch": []}])
 def test_without_a_baseline_there_is_no_data_efficiency(baseline):
     assert data_efficiency(3.0, baseline, 1e8) == {
-        "one_epoch": "n/a", "tuned": "n/a", "curve": baseline}
+        "one_epoch": "n/a", "tuned": "n/a", "single": "n/a", "curve": baseline}
 
 
 # ==== The result ================================================================================
@@ -100,7 +100,7 @@ def test_result_lines_by_hand():
         "",
         "result           val loss 2.8750 (learned mixture), 1.0369 bits per byte, selection"
         " 2.5000, holdout 2.8125",
-        "data efficiency  n/a against the one-epoch baseline, n/a against the tuned baseline",
+        "data efficiency  n/a",
         "time             train 62:05, compile 0:59, eval 0:00, wall 65:00",
         "speed            1,234,568 tokens/s, MFU 43.2%, peak memory 3,072 MiB"]
 

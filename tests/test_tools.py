@@ -713,12 +713,31 @@ class MadeUpRuns:
                 **dict(zip(baseline.TRIED, values))}
 
 
-@pytest.mark.parametrize("best", [2, 8, 32])
-@pytest.mark.parametrize("may_rise", [False, True])
-def test_search_goes_down_in_epochs_and_up_where_it_may(best, may_rise):
-    lowest = MadeUpRuns(best, 0.1, True, False)
-    found = baseline.search(lowest, 100, 8, 1.0, (False, True), may_rise)
-    assert found == lowest.measure(100, best if may_rise else min(best, 8), 0.1, (True, False))
+@pytest.mark.parametrize("epochs", [1, 2, 8, 32])
+@pytest.mark.parametrize("wd", [0.03, 0.3, 1.0, 2.0])
+def test_search_goes_along_epochs_decays_and_fields(epochs, wd):
+    lowest = MadeUpRuns(epochs, wd, True, False)
+    for flipped, values in ((baseline.TRIED, (True, False)), ((), (False, True))):
+        found = baseline.search(lowest, 100, (8, 1.0, (False, True)), flipped)
+        assert found == lowest.measure(100, epochs, wd, values)
+        assert baseline.settings_of(found) == (epochs, wd, values)
+
+
+def test_each_budget_begins_with_what_was_best_at_the_one_before():
+    lowest = MadeUpRuns(4, 0.1, True, True)
+    asked = []
+    measure = lowest.measure
+    lowest.measure = lambda tokens, *key: asked.append((tokens, key)) or measure(tokens, *key)
+    found = baseline.tune(lowest, [100, 200], (16, 1.0, (False, True)), baseline.TRIED)
+    best = 4, 0.1, (True, True)
+    assert found == [measure(tokens, *best) for tokens in (100, 200)]
+    assert next(key for tokens, key in asked if tokens == 200) == best
+
+
+def test_a_single_model_is_a_member_without_a_teacher():
+    track = make_config("cpu")
+    off = {"num_models": 1, "kd_alpha": 0, "final_mixture": "uniform"}
+    assert asdict(baseline.single(track)) == {**asdict(track), **off}
 
 
 def test_baseline_is_stored_and_not_measured_again(tmp_path, monkeypatch):
@@ -737,8 +756,11 @@ def test_baseline_is_stored_and_not_measured_again(tmp_path, monkeypatch):
     assert {**meta, "baseline": before.get("baseline")} == before
     lines = (runs / "baseline_cpu/runs.jsonl").read_text(encoding="utf-8").splitlines()
     done = [json.loads(line) for line in lines]
-    keys = [tuple(run[key] for key in baseline.KEY) for run in done]
-    assert len(set(keys)) == len(keys) >= 10        # one epoch: two sizes, four ways; a search
+    keys = [(run["settings"], *(run[key] for key in baseline.KEY)) for run in done]
+    assert len(set(keys)) == len(keys) >= 15    # one epoch: two sizes, four ways; two searches
+    (plain, single), = [dict.fromkeys(run["settings"] for run in done)]
+    of_members = [run for run in done if run["settings"] == single]
+    done = [run for run in done if run["settings"] == plain]
     first = [[run for run in done if run["tokens"] == tokens and run["epochs"] == 1 and
               run["weight_decay"] == baseline.USUAL_WEIGHT_DECAY] for tokens in (4000, 8000)]
     assert [len({(run["unet"], run["qk_norm"]) for run in some}) for some in first] == [4, 4]
@@ -747,6 +769,10 @@ def test_baseline_is_stored_and_not_measured_again(tmp_path, monkeypatch):
     chosen, = stored["tuned_settings"]
     assert stored["tuned"] == [[4000, chosen["val"]]]
     assert chosen["selection"] <= min(run["selection"] for run in done if run["tokens"] == 4000)
+    chosen, = stored["single_settings"]
+    assert stored["single"] == [[4000, chosen["val"]]]
+    assert chosen["selection"] == min(run["selection"] for run in of_members)
+    assert {run["tokens"] for run in of_members} == {4000}
     assert stored["source"].startswith("tools/baseline.py --track=cpu") and stored["hardware"]
     assert f"--dataset={dataset}" in stored["source"]
 

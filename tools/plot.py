@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from _runs import load_member, probabilities, read_result, run_tool
-from train_gpt import (UserError, data_efficiency, dataset_folder, equivalent_tokens, load_dataset,
-                       num_parameters, start_runtime)
+from train_gpt import (BASELINES, UserError, data_efficiency, dataset_folder, equivalent_tokens,
+                       load_dataset, num_parameters, start_runtime)
 
 # told apart without colour too: each run has a line style, a marker and a lightness of its own
 COLOURS = ("#1b3a6b", "#d1662b", "#4f9d69", "#b98bc9", "#8c8c8c", "#e0b13c")
@@ -157,7 +157,8 @@ def draw_efficiency(axes, runs):
     if not curves:
         return say(axes, "no baseline curve of this data:\ntools/baseline.py measures one")
     for kind, line, label in (("one_epoch", "-", "plain model, one epoch"),
-                              ("tuned", "--", "plain model, tuned")):
+                              ("tuned", "--", "plain model, tuned"),
+                              ("single", ":", "one such member, tuned")):
         if curves.get(kind):
             axes.plot(*zip(*curves[kind]), color=COLOURS[4], ls=line, marker=".", label=label)
     for run in runs:
@@ -165,13 +166,14 @@ def draw_efficiency(axes, runs):
         if run.result:
             loss, tokens = run.result["val_loss"], run.result["train_tokens"]
             found = data_efficiency(loss, curves, tokens)
-            times = f"{run.label}: {found['one_epoch']}x, {found['tuned']}x"
+            times = f"{run.label}: " + ", ".join(f"{found[kind]}x" for kind in BASELINES
+                                                 if curves.get(kind))
             axes.plot(tokens, loss, marker, color=colour, ms=8,
                       label=times if len(runs) > 1 else f"this run: {loss:.4f}")
             if len(runs) == 1:
                 draw_multiples(axes, loss, tokens, curves, found, colour)
     axes.set(xlabel="training tokens", ylabel="val " + NATS, xscale="log")
-    points = [*(curves.get("one_epoch") or []), *(curves.get("tuned") or [])]
+    points = [point for kind in BASELINES for point in curves.get(kind) or []]
     ticks = []
     for tick in sorted({tokens for tokens, _ in points}):
         if not ticks or tick >= 1.5 * ticks[-1]:        # labels need room
@@ -190,8 +192,8 @@ def as_tokens(count):
 
 
 def draw_multiples(axes, loss, tokens, curves, found, colour):
-    """Lines from a run's point to the two curves, each with its multiple, of data_efficiency."""
-    for kind, above in (("tuned", -1), ("one_epoch", 1)):
+    """Lines from a run's point to the curves, each with its multiple, of data_efficiency."""
+    for kind, above in (("single", -1), ("tuned", -1), ("one_epoch", 1)):
         if not curves.get(kind):
             continue
         there, _ = equivalent_tokens(loss, curves[kind])
