@@ -88,7 +88,7 @@ class Config:
     selection_tokens: int = opt(132_000, "whole documents, from the front", least=0,
                                 cpu=5_000, mini=60_000, toy=1_000)
     eval_tokens: int = opt(0, "tokens of val and of holdout that are scored; 0: all")
-    split_tokens: float = opt(0, "part of the input tokens that are cut in two", most=1)
+    split_tokens: float = opt(0, "part of the input tokens that are cut in two", most=1, cpu=0.14)
     vocab_size: int = opt(50257, "tokens of the dataset's vocabulary", cpu=2048, toy=2048)
     seq_len: int = opt(2048, "tokens a row", cpu=256, mini=1024, toy=64)
     batch_rows: int = opt(256, "rows a step, over all devices", cpu=8, mini=64, toy=16)
@@ -96,8 +96,8 @@ class Config:
                                  cpu=8, mini=32, tiny=32, unlimited=2, toy=4)
 
     # ---- members and ensemble
-    num_models: int = opt(1, "members, in turn", cpu=4, mini=4, unlimited=96, toy=4)
-    num_epochs: int = opt(11, "passes over the data, each member", cpu=8, mini=16, tiny=15,
+    num_models: int = opt(1, "members, in turn", cpu=5, mini=4, unlimited=96, toy=4)
+    num_epochs: int = opt(11, "passes over the data, each member", cpu=12, mini=16, tiny=15,
                           two_hour=22, unlimited=2, toy=2)
     kd_alpha: float = opt(0, "distillation loss", most=1, cpu=0.5, mini=0.5, unlimited=0.45)
     kd_temperature: float = opt(1, "its temperature T", least=0.01, unlimited=1.2)
@@ -122,8 +122,8 @@ class Config:
     resid_init: float = opt(1, "first r of x <- r x + a x0; 0: no r", cpu=0, tiny=1.1)
     x0_init: float = opt(0.1, "first a of it (x0: the embedding); 0: no a", cpu=0)
     unet: bool = opt(True, "learned skips from early layers to their mirrors", cpu=False)
-    spelling: bool = opt(False, "tokens whose strings are alike learn from each other")
-    row_memory: bool = opt(False, "what stands earlier in the row is likelier to come")
+    spelling: bool = opt(False, "tokens whose strings are alike learn from each other", cpu=True)
+    row_memory: bool = opt(False, "what stands earlier in the row is likelier to come", cpu=True)
     value_projections: bool = opt(True, "in every second layer values come from x0 too")
     attn_gate: bool = opt(True, "a gate per attention head")
     qk_norm: bool = opt(True, "RMS-normalize queries and keys", cpu=False)
@@ -153,7 +153,7 @@ class Config:
     matrix_lr: float = opt(0.01, "Muon, matrices of the blocks", cpu=0.04, tiny=0.032)
     embed_lr: float = opt(0.0375, "AdamW, embedding", cpu=0.1, tiny=0.12)
     head_lr: float = opt(0.0005, "AdamW, output head", cpu=0.003, tiny=0.0008)
-    head_shared_lr: float = opt(0.0002, "AdamW, it, what strings have in common", cpu=0.001)
+    head_shared_lr: float = opt(0.0002, "AdamW, it, what strings have in common", cpu=0.003)
     x0_lr: float = opt(0.025, "AdamW, the a of x0_init", cpu=0.02, tiny=0.2)
     scalar_lr: float = opt(0.00025, "AdamW, r of resid_init; skips", cpu=0.002, tiny=0.002)
     gate_lr: float = opt(0, "AdamW, attention gates; 0: Muon, as matrices", tiny=0.2)
@@ -163,7 +163,7 @@ class Config:
     muon_eq: bool = opt(True, "MuonEq-R: unit rows before orthogonalization", tiny=False)
     normuon_beta2: float = opt(0.95, "NorMuon; 0: plain Muon", most=1, cpu=0)
     cautious: bool = opt(True, "decay only what the update does not push outwards")
-    weight_decay: float = opt(1.3, "of matrices, embedding and head", cpu=1, tiny=0.8)
+    weight_decay: float = opt(1.3, "of matrices, embedding and head", cpu=1.5, tiny=0.8)
     wd_schedule: tuple = opt(
         ((0, 1),), "(progress, multiplier) of weight_decay",
         tiny=((0, 1), (2 / 15, 1), (8 / 15, 0.125), (1, 1.1625)),

@@ -43,7 +43,7 @@ RUN = [*SMALL, "--track=cpu", "--num_models=3", "--kd_alpha=0.5", "--continue_me
        "--average=weights", "--average_epochs=2", "--num_epochs=2", "--num_layers=2",
        "--batch_rows=8", "--dropout=0.1", "--log_steps=2", "--save_minutes=0.00001"]
 VARIANTS = ([], ["--average=probs", "--continue_members=false"],
-            ["--spelling=true", "--split_tokens=0.3", "--row_memory=true", "--loss_chunk=64"])
+            ["--spelling=false", "--split_tokens=0", "--row_memory=false", "--loss_chunk=40"])
 LIMIT = 120         # seconds that a launch may take
 
 

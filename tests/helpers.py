@@ -185,7 +185,7 @@ def small_tables():
             "pairs": merged_pairs(ranks, VOCAB)}
 
 
-def make_dataset(folder, documents=(60, 8, 8), length=50, tables=False):
+def make_dataset(folder, documents=(60, 8, 8), length=50, tables=True):
     """A dataset of random documents, with words that repeat, in `folder`; tables: with the
     tokens.npz of small_ranks()."""
     splits = {}
@@ -231,7 +231,8 @@ def small_config(track="cpu", **changes):
         mlp_multiple=8, window_pattern="SSSL", unet=True, resid_init=1.0, x0_init=0.1,
         softcap=15.0, proj_init="normal", normuon_beta2=0.95, window_schedule=(), dropout=0.0,
         num_models=1, qk_norm=True, second_weight=(), third_weight=(), kd_alpha=0.0, batch_rows=4,
-        device_batch_size=4, loss_chunk=7, dtype="float32", device="cpu"), **changes})
+        spelling=False, split_tokens=0.0, row_memory=False, device_batch_size=4, loss_chunk=7,
+        dtype="float32", device="cpu"), **changes})
 
 
 def randomize(model, seed=0):

@@ -30,11 +30,12 @@ SIZES = dict(vocab_size=VOCAB, train_tokens=400, selection_tokens=60, eval_token
 @pytest.fixture
 def dataset(tmp_path):
     """A sound little dataset that a test may spoil."""
-    return make_dataset(tmp_path / "small", documents=(20, 4, 4))
+    return make_dataset(tmp_path / "small", documents=(20, 4, 4), tables=False)
 
 
 def load(folder, **changes):
-    return load_dataset(folder, make_config("cpu", preset="toy", **{**SIZES, **changes}))
+    plain = {"spelling": False, "split_tokens": 0.0, "row_memory": False}
+    return load_dataset(folder, make_config("cpu", preset="toy", **{**plain, **SIZES, **changes}))
 
 
 def read_tokens(path):

@@ -286,7 +286,7 @@ def test_a_run_without_a_name_gets_one(tmp_path):
     ("", "cpu_seed1"),
     ("--seed=3 --dropout=0.20", "cpu_dropout0.2_seed3"),
     ("--track=mini --num_models=2 --compile=false", "mini_num_models2_compilefalse_seed1"),
-    ("--num_models=4 --dropout=0 --weight_decay=1.0", "cpu_seed1"),     # as the track has them
+    ("--num_models=5 --dropout=0 --weight_decay=1.50", "cpu_seed1"),     # as the track has them
     ("--runs_dir=x --save_minutes=1 --device_batch_size=2", "cpu_seed1"),
     ("--wd_schedule=0:1,1:0.5 --window_schedule=", "cpu_wd_schedule0-1-1-0.5_window_schedule_seed1"),
     ("--preset=toy --dataset=/a/b", "cpu_presettoy_dataset-a-b_seed1"),
@@ -665,7 +665,7 @@ def test_a_run_that_has_run_out_of_memory_goes_on_in_smaller_parts(runs, tmp_pat
     assert code == 2 and err.startswith("error: out of memory; lower --device_batch_size")
     assert go(runs, tmp_path / "parts", 2, *settings)[0] == 2       # it is not lowered for you
     code, out, err = go(runs, tmp_path / "parts", 2, *settings, "--device_batch_size=2",
-                        "--loss_chunk=40")
+                        "--loss_chunk=32")
     assert (code, err) == (0, "") and "changed" not in out
     assert re.search("^resumed   member 1 after step [1-9]", out, re.M)
     assert "micro-batches of 2 row(s)" in out

@@ -93,7 +93,7 @@ def test_no_values_is_one_setting():
 
 def test_one_at_a_time_by_hand():
     """The base first; a value that is the track's own is the base again."""
-    assert make_config("cpu").dropout == 0 and make_config("cpu").weight_decay == 1
+    assert make_config("cpu").dropout == 0 and make_config("cpu").weight_decay == 1.5
     found = settings({"dropout": ["0", "0.1"], "weight_decay": ["2", "3"], "seq_len": ["64"]}, True)
     assert found == [("as it is", {"seq_len": "64"}),
                      ("dropout=0.1", {"dropout": "0.1", "seq_len": "64"}),
