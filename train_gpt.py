@@ -313,7 +313,7 @@ def check_combinations(c):
             raise UserError(f"--{name}={getattr(c, name)}: must match {pattern}")
 
 if __name__ == "__main__":      # before imports that take seconds and an environment
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # threads that wait leave cores to others
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # threads that wait leave cores to others
     if {"--help", "-h"} & set(sys.argv[1:]):
         settings = Path(__file__).read_text(encoding="utf-8").partition("class Config:\n")[2]
         print(__doc__ + "\nFields, as --field=value:\n" + settings.partition("\n    @property")[0])
