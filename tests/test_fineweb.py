@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_fineweb.py
 """
+import base64
 import hashlib
 import json
 import re
@@ -345,6 +346,21 @@ def test_ranks_lie_beside_the_shards_and_give_their_bytes(hub, tmp_path, monkeyp
     assert ours.encode("<|endoftext|>", allowed_special="all") == [BOS]
     document = read_shard(ROOT / "data/prose/prose_val_000000.bin")[0][1:500].tolist()
     assert ours.encode_ordinary(ours.decode(document)) == document
+
+
+def test_ranks_may_be_given_where_tiktoken_cannot_download_them(hub, tmp_path, capsys):
+    given = tmp_path / "gpt2.tiktoken"
+    lines = [base64.b64encode(stub_bytes(token)) + b" %d\n" % token for token in range(BOS)]
+    given.write_bytes(b"".join(lines[:-1]))
+    assert run(tmp_path, *SMALL, f"--ranks={given}") != 0
+    error = capsys.readouterr().err
+    assert f"{given}: must have GPT-2's 50,256 tokens" in error and error.count("\n") == 1
+    assert not list((tmp_path / "out").glob("*.bin"))
+    given.write_bytes(b"".join(lines))
+    assert run(tmp_path, *SMALL, f"--ranks={given}") == 0
+    out = tmp_path / "out"
+    check_dataset(out, hub.tokens, SMALL_BUDGETS, "ranks.tiktoken", "tokens.npz")
+    assert (out / "ranks.tiktoken").read_bytes() == given.read_bytes()
 
 
 def test_bytes_are_counted_in_pieces():
