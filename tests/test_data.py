@@ -716,7 +716,8 @@ def test_token_tables_of_a_folder_that_lacks_something(name, text, dataset):
 # ==== As a user meets it ========================================================================
 def test_check_refuses_a_dataset_in_one_line(dataset):
     sizes = [f"--{name}={value}" for name, value in SIZES.items()]
-    arguments = ["check", "--track=cpu", *TOY, *sizes, f"--dataset={dataset}"]
+    arguments = ["check", "--track=cpu", *TOY, *sizes, "--spelling=false", "--split_tokens=0",
+                 f"--dataset={dataset}"]
     assert main(*arguments)[0] == 0
     for name in ("small_train_000000.bin", "small_holdout_000000.bin", "meta.json"):
         sound = (dataset / name).read_bytes()

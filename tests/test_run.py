@@ -219,6 +219,7 @@ def test_result_says_what_was_run_and_what_it_cost(prose):
         "train_tokens": 9_000, "selection_tokens": 1_000, "eval_tokens": 2_000, "seq_len": 64,
         "batch_rows": 8, "num_models": 3, "num_epochs": 1, "kd_alpha": 0.5,
         "final_mixture": "learned", "num_layers": 2, "model_dim": 64, "dropout": 0.1,
+        "spelling": False, "split_tokens": 0, "row_memory": False,
         "runs_dir": str(prose.folder.parent)}
     assert result["config"].items() >= {**result["overrides"], "track": "cpu"}.items()
     assert result["data_sha256"] == {path.name: hashlib.sha256(path.read_bytes()).hexdigest()

@@ -404,7 +404,7 @@ def test_what_sample_cannot_do_is_one_line(runs, tmp_path, monkeypatch):
     assert "nowhere: no finished run" in complaint(sample, tmp_path / "nowhere")
     for argument in ("--member=9", "--member=0", "--temperature=0", "--count=-5"):
         assert argument.partition("=")[0] in complaint(sample, runs.one.folder, argument)
-    small = make_dataset(tmp_path / "small")
+    small = make_dataset(tmp_path / "small", tables=False)
     run = copied(runs.one, tmp_path / "run", config={"dataset": str(small)})
     assert "ranks" in complaint(sample, run)
     shutil.copy(ROOT / "data/prose/ranks.tiktoken", small)
