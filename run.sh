@@ -44,7 +44,7 @@ install requirements.txt
 python=.venv/bin/python
 # OpenMP threads that wait spin a little, but not long enough to steal the cores of others; memory
 # that is freed stays with the process, instead of being zeroed for it again (glibc)
-export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-5000}"
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1073741824}"
 # seconds that torchrun leaves its processes to save their state when it is told to stop, not 30

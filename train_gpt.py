@@ -15,12 +15,12 @@ The same command, with the same --run_id, goes on with a run that was stopped; w
 The result is one number, declared in advance. Choices are made on `selection`, cut from train;
 `val` compares runs; `holdout` is shown once, at the end. The log reproduces the run.
 
-This file stands alone (only --ngram_order imports data/ngram.py) and reads from top to bottom:
-settings, devices, data, model, loss, optimizer, schedules, ensemble, files, report, training.
+This file stands alone and reads from top to bottom: settings, devices, data, model, loss,
+optimizer, schedules, ensemble, files, report, training.
 """
-import base64
 import contextlib
 import copy
+import ctypes
 import difflib
 import fcntl
 import hashlib
@@ -40,7 +40,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent
+SOURCE = Path(__file__).resolve()
+ROOT = SOURCE.parent
 TRACK_NAMES = ("cpu", "mini", "tiny", "limited", "two_hour", "unlimited")
 
 # ==== Settings ==========================================================================
@@ -87,16 +88,16 @@ class Config:
     selection_tokens: int = opt(132_000, "whole documents, from the front", least=0,
                                 cpu=5_000, mini=60_000, toy=1_000)
     eval_tokens: int = opt(0, "tokens of val and of holdout that are scored; 0: all")
+    split_tokens: float = opt(0, "part of the input tokens that are cut in two", most=1, cpu=0.14)
     vocab_size: int = opt(50257, "tokens of the dataset's vocabulary", cpu=2048, toy=2048)
     seq_len: int = opt(2048, "tokens a row", cpu=256, mini=1024, toy=64)
     batch_rows: int = opt(256, "rows a step, over all devices", cpu=8, mini=64, toy=16)
-    edge_batch_rows: int = opt(0, "of the outer quarters of members", unlimited=192, toy=8)
     device_batch_size: int = opt(4, "rows of a micro-batch",
                                  cpu=8, mini=32, tiny=32, unlimited=2, toy=4)
 
     # ---- members and ensemble
-    num_models: int = opt(1, "members, in turn", cpu=4, mini=4, unlimited=96, toy=4)
-    num_epochs: int = opt(11, "passes over the data, each member", cpu=8, mini=16, tiny=15,
+    num_models: int = opt(1, "members, in turn", cpu=5, mini=4, unlimited=96, toy=4)
+    num_epochs: int = opt(11, "passes over the data, each member", cpu=12, mini=16, tiny=15,
                           two_hour=22, unlimited=2, toy=2)
     kd_alpha: float = opt(0, "distillation loss", most=1, cpu=0.5, mini=0.5, unlimited=0.45)
     kd_temperature: float = opt(1, "its temperature T", least=0.01, unlimited=1.2)
@@ -108,9 +109,8 @@ class Config:
                        "weights", tiny="weights")
     average_epochs: int = opt(1, "of how many, the last", tiny=4, limited=3, two_hour=9, toy=2)
     average_recency: bool = opt(False, "weighted 1, 2, 3, ... and not equally", tiny=True)
-    final_mixture: str = opt("uniform", "the declared result (ngram is learned, too)",
-                             "uniform", "learned", "ngram", cpu="ngram", unlimited="learned")
-    ngram_order: int = opt(0, "of a Kneser-Ney n-gram that joins; 0: none", most=4, cpu=4)
+    final_mixture: str = opt("uniform", "the declared result", "uniform", "learned",
+                             unlimited="learned")
 
     # ---- model
     num_layers: int = opt(30, "blocks", cpu=4, mini=12, tiny=16, toy=4)
@@ -118,12 +118,12 @@ class Config:
                          toy=64)
     num_heads: int = opt(14, "attention heads", cpu=4, mini=6, tiny=8, unlimited=16, toy=2)
     mlp_multiple: int = opt(256, "8/3 model_dim is rounded up to it", cpu=32, toy=32)
-    embed_init: float = opt(1, "standard deviation of the first embeddings")
-    head_init: float = opt(0.001, "standard deviation of the head's first weights")
     proj_init: str = opt("normal", "of projections", "normal", "zero", cpu="zero", tiny="zero")
     resid_init: float = opt(1, "first r of x <- r x + a x0; 0: no r", cpu=0, tiny=1.1)
     x0_init: float = opt(0.1, "first a of it (x0: the embedding); 0: no a", cpu=0)
     unet: bool = opt(True, "learned skips from early layers to their mirrors", cpu=False)
+    spelling: bool = opt(False, "tokens whose strings are alike learn from each other", cpu=True)
+    row_memory: bool = opt(False, "what stands earlier in the row is likelier to come", cpu=True)
     value_projections: bool = opt(True, "in every second layer values come from x0 too")
     attn_gate: bool = opt(True, "a gate per attention head")
     qk_norm: bool = opt(True, "RMS-normalize queries and keys", cpu=False)
@@ -153,25 +153,17 @@ class Config:
     matrix_lr: float = opt(0.01, "Muon, matrices of the blocks", cpu=0.04, tiny=0.032)
     embed_lr: float = opt(0.0375, "AdamW, embedding", cpu=0.1, tiny=0.12)
     head_lr: float = opt(0.0005, "AdamW, output head", cpu=0.003, tiny=0.0008)
+    head_shared_lr: float = opt(0.0002, "AdamW, it, what strings have in common", cpu=0.003)
     x0_lr: float = opt(0.025, "AdamW, the a of x0_init", cpu=0.02, tiny=0.2)
     scalar_lr: float = opt(0.00025, "AdamW, r of resid_init; skips", cpu=0.002, tiny=0.002)
     gate_lr: float = opt(0, "AdamW, attention gates; 0: Muon, as matrices", tiny=0.2)
-    xsa_lr: float = opt(0.2, "AdamW, xsa")
-    iha_lr: float = opt(0.02, "AdamW, iha")
-    adam_beta1: float = opt(0.8, "AdamW's first moment, where it has no other", most=1)
-    adam_beta2: float = opt(0.95, "AdamW's second moment, but for gates", most=1)
-    adam_eps: float = opt(1e-10, "added to the root of AdamW's second moment")
-    x0_beta1: float = opt(0.96, "AdamW's first moment, the a of x0_init", most=1)
-    xsa_beta1: float = opt(0.9, "AdamW's first moment, xsa", most=1)
-    gate_beta1: float = opt(0.9, "AdamW's first moment, attention gates", most=1)
-    gate_beta2: float = opt(0.99, "AdamW's second moment, attention gates", most=1)
     momentum: float = opt(0.95, "Muon's", most=1)
     momentum_start: float = opt(0.85, "Muon's at the first step", most=1, unlimited=0.95)
     momentum_steps: int = opt(300, "steps in which it rises", least=0, cpu=100, toy=10)
     muon_eq: bool = opt(True, "MuonEq-R: unit rows before orthogonalization", tiny=False)
     normuon_beta2: float = opt(0.95, "NorMuon; 0: plain Muon", most=1, cpu=0)
     cautious: bool = opt(True, "decay only what the update does not push outwards")
-    weight_decay: float = opt(1.3, "of matrices, embedding and head", cpu=1, tiny=0.8)
+    weight_decay: float = opt(1.3, "of matrices, embedding and head", cpu=1.5, tiny=0.8)
     wd_schedule: tuple = opt(
         ((0, 1),), "(progress, multiplier) of weight_decay",
         tiny=((0, 1), (2 / 15, 1), (8 / 15, 0.125), (1, 1.1625)),
@@ -191,7 +183,7 @@ class Config:
     dropout: float = opt(0.1, "after output projections", most=1, cpu=0, limited=0.05)
     mlp_dropout: bool = opt(True, "after the MLP's too", tiny=False)
     stochastic_depth: float = opt(0, "of the last block; linear", most=1, two_hour=0.05)
-    loss_chunk: int = opt(2048, "tokens whose logits are in memory", cpu=1024, toy=512)
+    loss_chunk: int = opt(2048, "tokens whose logits are in memory", cpu=512)
 
     @property
     def padded_vocab(self):
@@ -202,21 +194,18 @@ class Config:
     def mlp_dim(self):
         return math.ceil(8 * self.model_dim / (3 * self.mlp_multiple)) * self.mlp_multiple
 
-    def rows_of(self, member):
-        """Rows a step of a member (from 1)."""
-        at_edge = min(member, self.num_models + 1 - member) <= self.num_models // 4
-        return self.edge_batch_rows if at_edge and self.edge_batch_rows else self.batch_rows
-
 FIELDS = {f.name: f for f in fields(Config)}
 TRACKS = {track: {name: f.metadata["tracks"][track] for name, f in FIELDS.items()
                   if track in f.metadata["tracks"]} for track in TRACK_NAMES}
 TOY = dict(dataset="data/prose", eval_tokens=2_000, compile=False)     # and what `toy` limits
 FREE = ("run_id", "runs_dir", "save_minutes", "allow_changed", "hang_minutes", "time_limit",
         "device_batch_size", "loss_chunk")      # that change no more than rounding
+ADAM_EPS = 1e-10            # added to the root of AdamW's second moment
 GATE_CHANNELS = 12          # of the residual stream, that attention gates read
 VALUE_GATE_CHANNELS = 32    # the same of the gates of value projections
 ASSUMED_MFU = 0.4           # of GPUs, for the estimate of time before a run
 CPU_FLOPS = 5e10            # of a core, for the same
+BASELINES = {"one_epoch": "one epoch", "tuned": "a tuned plain model", "single": "a tuned member"}
 PROGRESS_SECONDS = 5        # between lines of progress on the console
 
 # ==== What is typed =====================================================================
@@ -316,16 +305,15 @@ def check_combinations(c):
                         " lower it, or --kd_alpha=0")
     if c.final_mixture != "uniform" and not c.selection_tokens:
         raise UserError(f"--final_mixture={c.final_mixture} needs --selection_tokens")
-    if c.ngram_order and not (ROOT / "data/ngram.py").exists():
-        raise UserError("no data/ngram.py here; get it, or --ngram_order=0 --final_mixture=learned")
-    if c.final_mixture == "ngram" and not c.ngram_order:
-        raise UserError("--final_mixture=ngram needs --ngram_order")
+    if c.row_memory and c.loss_chunk % c.seq_len:
+        raise UserError(f"--loss_chunk={c.loss_chunk} must be a multiple of --seq_len={c.seq_len}:"
+                        " rows that are remembered are whole")
     for name, pattern in (("window_pattern", "[SL]+"), ("run_id", r"([A-Za-z0-9][\w.-]*)?")):
         if not re.fullmatch(pattern, getattr(c, name)):
             raise UserError(f"--{name}={getattr(c, name)}: must match {pattern}")
 
 if __name__ == "__main__":      # before imports that take seconds and an environment
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # threads that wait leave cores to others
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # threads that wait leave cores to others
     if {"--help", "-h"} & set(sys.argv[1:]):
         settings = Path(__file__).read_text(encoding="utf-8").partition("class Config:\n")[2]
         print(__doc__ + "\nFields, as --field=value:\n" + settings.partition("\n    @property")[0])
@@ -439,6 +427,10 @@ def start_runtime(config):
     torch._dynamo.config.recompile_limit = 64       # stages, and a teacher; beyond it is eager
     if kind == "cuda":
         choose_attention(runtime, config.compile_model)
+    if kind == "cpu":           # 0.75 of a step's time: glibc keeps what is freed
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(-3, 2 ** 25)          # M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)      # M_TRIM_THRESHOLD
     return runtime
 
 def join_process_group(backend, config):
@@ -530,7 +522,8 @@ class Dataset:
     scored: dict                # split -> list: selection (if there is one), val, holdout
     bos: int
     meta: dict
-    hashes: dict                # SHA-256 by name of a shard, and of the ranks
+    hashes: dict                # SHA-256 by name of a shard, and of tokens.npz
+    tables: dict                # of read_token_tables
     val_bytes: int | None       # of UTF-8 text in the scored tokens of val, if that is known
     notes: list
 
@@ -580,11 +573,9 @@ def load_dataset(folder, config):
         scored[split] = cut_documents(splits[split], max(2, config.eval_tokens or math.inf))
     if 0 < config.eval_tokens < count_tokens(splits["val"]) and meta.pop("baseline", None):
         notes.append("data      a part of val is scored: no data efficiency, whose curve is of all")
-    ranks = {}
-    with contextlib.suppress(UserError):        # without them bits per byte are n/a
-        ranks, hashes["ranks"] = read_ranks(folder, meta)
-    val_bytes = count_bytes(scored["val"], ranks, bos)
-    return Dataset(folder, train, scored, bos, meta, hashes, val_bytes, notes)
+    tables, found = read_token_tables(folder, config)
+    val_bytes = int(tables["bytes"][np.concatenate(scored["val"])].sum()) if tables else None
+    return Dataset(folder, train, scored, bos, meta, hashes | found, tables, val_bytes, notes)
 
 def drop_held_out(folder, splits):
     """(documents of train that are in no other split, notes). UserError if splits overlap."""
@@ -612,42 +603,45 @@ def cut_selection(documents, config):
                         " lower it, to 0 if the first alone is (then --final_mixture=uniform)")
     return documents[first:], documents[:first]
 
-def read_ranks(folder, meta):
-    """({token: bytes}, SHA-256) of the ranks file of a dataset; UserError if there is none."""
-    path = folder / str(meta.get("ranks", "ranks.tiktoken"))
+def read_token_tables(folder, config):
+    """({name: array} of data/token_tables.py, {"tokens.npz": SHA-256}); {} if there are none and
+    only bits per byte would need them. UserError if they are needed, or damaged."""
+    path = folder / "tokens.npz"
+    if not path.exists() and not config.spelling and not config.split_tokens:
+        return {}, {}
     try:
-        content = path.read_bytes()
-        lines = [line.split() for line in content.splitlines()]
-        ranks = {int(rank): base64.b64decode(token) for token, rank in lines}
-        return ranks, hashlib.sha256(content).hexdigest()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no ranks to decode tokens with ({error.args[-1]})") from None
-
-def count_bytes(documents, ranks, bos):
-    """UTF-8 bytes of the text of `documents`; None if a token's are not in `ranks`."""
-    sizes = np.array([len(ranks[token]) if token in ranks else -1 for token in range(1 << 16)])
-    sizes[bos] = 0
-    counts = np.bincount(np.concatenate(documents), minlength=len(sizes))
-    return None if counts[sizes < 0].any() else int(counts @ sizes)
+        tables = {name: np.load(path)[name] for name in ("bytes", "pairs", "features", "weights")}
+        if len(tables["bytes"]) != config.vocab_size:
+            raise ValueError(f"of {len(tables['bytes'])} tokens, not {config.vocab_size}")
+        return tables, {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
+    except Exception as error:          # not there, not whole, without a table
+        raise UserError(f"{path}: cannot be read ({error}); it is made from the ranks of tokens:"
+                        f" python data/token_tables.py {folder}") from None
 
 class Rows:
     """The rows that a member trains on, as one endless sequence cut into steps.
     Every epoch permutes the documents (slowrun #76: -0.007 to -0.013), lays them end to end,
     cuts rows of seq_len + 1 tokens that overlap by one (each token is predicted once), and
     permutes the rows (#7: -0.026). Rows that do not fill an epoch's last step are carried over;
-    only the very last step may be smaller."""
-    def __init__(self, documents, seq_len, batch_rows, num_epochs, seed, bos):
+    only the very last step may be smaller. pairs, cut: those of tokens.npz, and the part of
+    the tokens that have one which is read as that, others each epoch (arXiv 1910.13267)."""
+    def __init__(self, documents, seq_len, batch_rows, num_epochs, seed, bos, pairs=None, cut=0.0):
         self.documents = documents
         self.seq_len = seq_len
         self.batch_rows = batch_rows
         self.seed = seed
         self.bos = bos
         self.tokens = count_tokens(documents)
-        self.rows_per_epoch = math.ceil((self.tokens - 1) / seq_len)
+        self.pairs = pairs
+        self.num_cut = 0
+        if cut:
+            mergeable = [np.count_nonzero(pairs[document, 0] >= 0) for document in documents]
+            self.num_cut = round(cut * sum(mergeable))
+        self.rows_per_epoch = math.ceil((self.tokens + self.num_cut - 1) / seq_len)
         self.total_rows = self.rows_per_epoch * num_epochs
         self.num_steps = math.ceil(self.total_rows / batch_rows)
-        self.epoch = None       # whose documents, end to end, are the stream: uint16 [tokens]
-        self.stream = self.row_order = None
+        self.epoch = None       # whose documents, end to end, are the stream
+        self.stream = self.targets = self.row_order = None
 
     def load(self, epoch):
         """Shuffle and cut `epoch`, unless it is the present one."""
@@ -655,9 +649,25 @@ class Rows:
             return
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.documents))
-        self.stream = np.concatenate([self.documents[i] for i in order])
+        self.targets = self.stream = np.concatenate([self.documents[i] for i in order])
+        if self.num_cut:
+            self.stream, self.targets = self.cut_tokens(self.stream.astype(np.int64), random)
         self.row_order = random.permutation(self.rows_per_epoch)
         self.epoch = epoch
+
+    def cut_tokens(self, tokens, random):
+        """(stream, targets) int64 [n + num_cut]. Whole tokens are targets, where they begin; what
+        goes on inside of one is not predicted."""
+        can = np.flatnonzero(self.pairs[tokens, 0] >= 0)
+        is_cut = np.zeros(len(tokens), bool)
+        is_cut[random.permutation(can)[:self.num_cut]] = True
+        stream = np.repeat(tokens, 1 + is_cut)
+        start = np.arange(len(tokens)) + np.cumsum(is_cut) - is_cut
+        targets = np.full(len(stream), -1)
+        targets[start] = tokens
+        for half in (0, 1):
+            stream[start[is_cut] + half] = self.pairs[tokens[is_cut], half]
+        return stream, targets
 
     def step(self, step):
         """inputs, targets: int64 [batch_rows, seq_len]. Target -1: nothing is predicted."""
@@ -667,9 +677,9 @@ class Rows:
         for i, row in enumerate(range(first, min(first + self.batch_rows, self.total_rows))):
             self.load(row // self.rows_per_epoch)
             start = self.row_order[row % self.rows_per_epoch] * self.seq_len
-            tokens = self.stream[start:start + self.seq_len + 1]
-            inputs[i, :len(tokens) - 1] = tokens[:-1]
-            targets[i, :len(tokens) - 1] = tokens[1:]
+            following = self.targets[start + 1:start + self.seq_len + 1]
+            inputs[i, :len(following)] = self.stream[start:start + len(following)]
+            targets[i, :len(following)] = following
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def epoch_of(self, step):
@@ -943,11 +953,6 @@ class GPT(nn.Module):
         x = self.mtp_proj(torch.cat((hidden, following), dim=-1))
         return norm(self.drop_block(self.config.num_layers, self.mtp_block(x, None, specs.mtp), x))
 
-    def logits(self, hidden):
-        """[..., D] -> softcapped fp32 logits [..., vocab_size], without the padding."""
-        weight = self.head.weight.to(hidden.dtype)
-        return capped_logits(hidden, weight, self.config.softcap)[..., :self.config.vocab_size]
-
 def num_parameters(module):
     return sum(p.numel() for p in module.parameters())
 
@@ -998,39 +1003,68 @@ class LossSpec(NamedTuple):
     target_weights: torch.Tensor    # [J]: of the next token and those after it, in CE
     alpha: float
     config: Config                  # T, softcap, vocabulary, chunk
+    row: int = 0                    # tokens of a row that is remembered; 0: none is
 
 def capped_logits(hidden, weight, softcap):
     """[N, D], [V, D] -> [N, V] in at least fp32: z, or c * tanh(z / c)."""
     z = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
     return softcap * torch.tanh(z / softcap) if softcap else z
 
+def token_logits(hidden, weight, targets, config, row):
+    """(logits [n, V], the token that each stands for, int64 [1 or n, V]). hidden [n, D], weight
+    [V, D]; the padding of the vocabulary is -inf, its token -1. row > 0: hidden is of whole rows of
+    so many tokens, and row more columns say what stands earlier in them (TRIME, arXiv 2205.12674):
+    the targets (int64 [n], -1: none) of earlier positions i, with logits h_t h_i / sqrt(D)."""
+    logits = capped_logits(hidden, weight, config.softcap)
+    tokens = torch.arange(len(weight), device=hidden.device).unsqueeze(0)
+    tokens = torch.where(tokens < config.vocab_size, tokens, -1)
+    if row:
+        rows = hidden.view(-1, row, hidden.shape[1])
+        similar = (rows @ rows.mT).to(logits.dtype).view(-1, row) * hidden.shape[1] ** -0.5
+        earlier = torch.ones(row, row, dtype=torch.bool, device=hidden.device).tril(-1)
+        seen = torch.where(earlier, targets.view(-1, 1, row), -1).view(-1, row)
+        logits = torch.cat((logits, similar), dim=1)
+        tokens = torch.cat((tokens.expand(len(hidden), -1), seen), dim=1)
+    return torch.where(tokens >= 0, logits, -torch.inf), tokens
+
 def loss_chunk(hidden, weight, targets, teacher, spec):
     """Loss and gradients of one chunk of tokens, the only ones whose [n, V] logits exist.
     hidden [n, D], weight [V, D], teacher: these two of the teacher, or None; targets int64 [n, J]:
     the next token and those after it (-1: none). Returns {name: sum} and the gradients for hidden
-    and weight, by d(CE) / d(logits) = p - onehot, d(T^2 KL) / d(logits) = T (p_T - q_T)."""
+    and weight, by d(CE) / d(logits) = p - p(. | target), d(T^2 KL) / d(logits) = T (p_T - q_T)."""
     config, alpha, T = spec.config, spec.alpha, spec.config.kd_temperature
-    logits = capped_logits(hidden, weight, config.softcap)
-    slope = 1 - (logits / config.softcap) ** 2 if config.softcap else 1.0       # of tanh
-    column = torch.arange(logits.shape[1], device=logits.device)
-    real = column < config.vocab_size           # the padding never receives probability
-    logits = torch.where(real, logits, -torch.inf)
+    logits, tokens = token_logits(hidden, weight, targets[:, 0], config, spec.row)
     logp = torch.log_softmax(logits, dim=1)
     counted = targets[:, :1] >= 0
-    next_ce = -torch.where(column == targets[:, :1], logp, 0).sum()
-    wanted = counted * sum(spec.target_weights[j] * (column == targets[:, j:j + 1])
-                           for j in range(targets.shape[1]))                # [n, V]
-    ce = -torch.where(wanted > 0, wanted * logp, 0).sum()
-    mass = ((targets >= 0) * spec.target_weights).sum(dim=1, keepdim=True)
-    grad = (1 - alpha) * (mass * logp.exp() - wanted)
+    grad, ce = 0, []
+    for j in range(targets.shape[1]):
+        is_there = counted & (targets[:, j:j + 1] >= 0)
+        right = torch.where(tokens == targets[:, j:j + 1], logp, -torch.inf)
+        logp_right = torch.logsumexp(right, dim=1, keepdim=True)
+        ce.append(-torch.where(is_there, logp_right, 0).sum())
+        grad = grad + spec.target_weights[j] * torch.where(
+            is_there, logp.exp() - (right - logp_right).exp(), 0)
+    ce, next_ce = sum(w * part for w, part in zip(spec.target_weights, ce)), ce[0]
+    grad = (1 - alpha) * grad
     sums = {"loss": (1 - alpha) * ce, "train_loss": next_ce, "kl": torch.zeros_like(ce)}
     if teacher is not None:
-        teacher_logits = torch.where(real, capped_logits(*teacher, config.softcap), -torch.inf)
+        teacher_logits, _ = token_logits(*teacher, targets[:, 0], config, spec.row)
         sums["kl"], kl_grad = distillation(logits, logp, teacher_logits, counted, T)
         sums["loss"] = sums["loss"] + alpha * T ** 2 * sums["kl"]
         grad = grad + alpha * T * kl_grad
-    grad = torch.where(counted, grad * slope, 0).to(hidden.dtype)
-    return sums, grad @ weight, grad.T @ hidden
+    grad = torch.where(counted, grad, 0)
+    of_logits = grad[:, :len(weight)]
+    if config.softcap:          # tanh's slope, 0 for the padding
+        shown = logits[:, :len(weight)].clamp(min=-config.softcap)
+        of_logits = of_logits * (1 - (shown / config.softcap) ** 2)
+    of_logits = of_logits.to(hidden.dtype)
+    of_hidden = of_logits @ weight
+    if spec.row:
+        rows = hidden.view(-1, spec.row, hidden.shape[1])
+        similar = (grad[:, len(weight):] * hidden.shape[1] ** -0.5).to(hidden.dtype)
+        similar = similar.view(-1, spec.row, spec.row)
+        of_hidden = of_hidden + ((similar + similar.mT) @ rows).view_as(hidden)
+    return sums, of_hidden, of_logits.T @ hidden
 
 def distillation(logits, logp, teacher_logits, counted, T):
     """(sum of KL(teacher || student) at temperature T, T d(KL) / d(logits) [n, V])."""
@@ -1077,10 +1111,12 @@ def chunked_loss(hidden, weight, targets, teacher, spec, chunk_function=loss_chu
     loss = KnownGradient.apply(hidden, weight, sums.pop("loss"), grad_hidden, grad_weight)
     return loss, sums
 
-def target_logprobs(hidden, weight, targets, softcap, vocab_size):
+def target_logprobs(hidden, weight, targets, config):
     """log p(target), fp32 [N]. hidden [N, D], weight [V, D], targets int64 [N] (-1: junk)."""
-    logp = torch.log_softmax(capped_logits(hidden, weight, softcap)[:, :vocab_size], dim=1)
-    return logp.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+    row = config.row_memory * config.seq_len
+    logits, tokens = token_logits(hidden, weight, targets, config, row)
+    right = torch.where(tokens == targets.unsqueeze(1), logits, -torch.inf)
+    return torch.logsumexp(right, dim=1) - torch.logsumexp(logits, dim=1)
 
 # ==== Parameter table and optimizer =====================================================
 POLAR_EXPRESS = (       # five steps for singular values in [1e-3, 1] (arXiv 2505.16932)
@@ -1099,22 +1135,26 @@ class ParameterRow(NamedTuple):
     lr: float
     weight_decay: float
     betas: tuple = ()           # AdamW's
+    shared_lr: float = 0.0      # of what strings have in common
 
 def parameter_table(c):
     """Rows for all parameters of a GPT with Config c; each parameter matches just one."""
-    betas = (c.adam_beta1, c.adam_beta2)
+    betas = (0.8, 0.95)
     muon = ("muon", c.matrix_lr, c.weight_decay)
-    gates = ("adamw", c.gate_lr, 0.0, (c.gate_beta1, c.gate_beta2)) if c.gate_lr else muon
+    gates = ("adamw", c.gate_lr, 0.0, (0.9, 0.99)) if c.gate_lr else muon
     # normal: -0.007 over zero at 100M tokens (slowrun #59)
     proj = ("normal", c.model_dim ** -0.5) if c.proj_init == "normal" else ("constant", 0.0)
+    rows = "spelled" if c.spelling else "adamw"
     return [ParameterRow(*row) for row in (
-        (r"wte\.weight", ("normal", c.embed_init), "adamw", c.embed_lr, c.weight_decay, betas),
-        (r"head\.weight", ("normal", c.head_init), "adamw", c.head_lr, c.weight_decay, betas),
+        (r"wte\.weight", ("normal", 1.0), rows, c.embed_lr, c.weight_decay, betas,
+         2 * c.embed_lr),
+        (r"head\.weight", ("normal", 0.001), rows, c.head_lr, c.weight_decay, betas,
+         c.head_shared_lr),
         (r"resid_lambdas", ("constant", c.resid_init), "adamw", c.scalar_lr, 0.0, betas),
         (r"skip_lambdas", ("constant", 1.0), "adamw", c.scalar_lr, 0.0, betas),
-        (r"x0_lambdas", ("constant", c.x0_init), "adamw", c.x0_lr, 0.0, (c.x0_beta1, betas[1])),
-        (r".*attn\.xsa", ("constant", 0.0), "adamw", c.xsa_lr, 0.0, (c.xsa_beta1, betas[1])),
-        (r".*attn\.mix", ("identity", 1.0), "adamw", c.iha_lr, 0.0, betas),
+        (r"x0_lambdas", ("constant", c.x0_init), "adamw", c.x0_lr, 0.0, (0.96, 0.95)),
+        (r".*attn\.xsa", ("constant", 0.0), "adamw", 0.2, 0.0, (0.9, 0.95)),
+        (r".*attn\.mix", ("identity", 1.0), "adamw", 0.02, 0.0, betas),
         (r".*attn\.gate\.weight", ("constant", 0.0), *gates),
         (r".*attn\.value_gate\.weight", ("constant", 0.0), *muon),
         (r".*\.proj\.weight", proj, *muon),
@@ -1141,8 +1181,9 @@ def initialize(p, kind, value, generator):
         p.fill_(value)
 
 # What an update has beside parameters, gradients and state: learning rate, weight decay, the
-# step (from 1), Muon's momentum, AdamW's betas, the Config, the dtype of matrix products.
-Rates = namedtuple("Rates", "lr weight_decay step momentum betas config dtype")
+# step (from 1), Muon's momentum, AdamW's betas, the Config, the dtype of matrix products, and
+# those of spelling_features.
+Rates = namedtuple("Rates", "lr shared_lr weight_decay step momentum betas config dtype features")
 
 def polar_express(x):
     """Approximate polar factor U V^T of each matrix of x [n, rows, cols], in x's dtype."""
@@ -1192,13 +1233,29 @@ def adamw_update(p, grad, state, rates):
     p *= 1 - rates.lr * rates.weight_decay
     first = state["first_moment"].lerp_(grad, 1 - beta1)
     second = state["second_moment"].lerp_(grad.square(), 1 - beta2)
-    root = (second / (1 - beta2 ** rates.step)).sqrt() + rates.config.adam_eps
+    root = (second / (1 - beta2 ** rates.step)).sqrt() + ADAM_EPS
     p -= rates.lr / (1 - beta1 ** rates.step) * first / root
+
+def spelled_state(p):
+    return adamw_state(p) | {f"shared_{name}": zeros for name, zeros in adamw_state(p).items()}
+
+def spelled_update(p, grad, state, rates):
+    """AdamW of rows, and of what their tokens' strings have in common: features, each with the sum
+    of its rows' gradients, whose updates their rows take as well. In place (p and state)."""
+    adamw_update(p, grad, state, rates)
+    shared, update = torch.zeros_like(p), torch.zeros_like(p)       # a row for each feature
+    for feature, weight in zip(*rates.features):
+        shared.index_add_(0, feature, weight * grad)
+    moments = {name: state[f"shared_{name}"] for name in ("first_moment", "second_moment")}
+    adamw_update(update, shared, moments, rates._replace(lr=rates.shared_lr))
+    for feature, weight in zip(*rates.features):
+        p += weight * update[feature]
 
 # An update in place (p, grad, state, rates), the state that it needs (p -> {name: tensor}), and
 # whether matrices of one shape are one p [n, rows, cols], with states of the same n.
 OptimizerKind = namedtuple("OptimizerKind", "update new_state stacked")
 OPTIMIZERS = {"muon": OptimizerKind(muon_update, muon_state, stacked=True),
+              "spelled": OptimizerKind(spelled_update, spelled_state, stacked=False),
               "adamw": OptimizerKind(adamw_update, adamw_state, stacked=False)}
 
 class ParameterGroup:
@@ -1223,8 +1280,10 @@ class MuonAdamW:
     """Muon for matrices, AdamW for the rest, shared out over the processes.
     Gradients must sum, not average, over processes to the gradient of the whole batch. Each
     group is summed for its owner, updated there, and sent to all."""
-    def __init__(self, named_parameters, config, runtime=Runtime()):
+    def __init__(self, named_parameters, config, runtime=Runtime(), tables=None):
         self.config = config
+        names = ("features", "weights") if config.spelling else ()
+        self.features = [torch.from_numpy(tables[name]).to(runtime.device) for name in names]
         self.runtime = runtime
         self.steps = 0
         self.groups = []
@@ -1264,8 +1323,9 @@ class MuonAdamW:
             row = group.row
             p = group.stack(group.params)
             if group.is_mine:
-                rates = Rates(row.lr * lr_multiplier, row.weight_decay * wd_multiplier,
-                              self.steps, momentum, row.betas, self.config, self.runtime.dtype)
+                rates = Rates(row.lr * lr_multiplier, row.shared_lr * lr_multiplier,
+                              row.weight_decay * wd_multiplier, self.steps, momentum,
+                              row.betas, self.config, self.runtime.dtype, self.features)
                 group.kind.update(p, grad, group.state, rates)
             updated.append(p)
         for group, p in zip(self.groups, updated):      # not before: owners work side by side
@@ -1305,11 +1365,6 @@ def perturbation(config, member):
     return config.perturb_end + (config.perturb_start - config.perturb_end) * cosine
 
 # ==== Ensemble ==========================================================================
-class OtherMember(NamedTuple):
-    """A member that was not trained here: the n-gram, say, or another run."""
-    logp: dict              # {split: log p(target) [n]}
-    weigh: object = None    # (logps {split: [k, n]}, weights [k]) -> {split: weights [k, n]}
-
 def mean_loss(logp):
     """Nats per token of log p(target) [n], summed in fp64."""
     return -float(np.mean(logp, dtype=np.float64))
@@ -1337,23 +1392,17 @@ def fit_mixture(logps, iterations=3000, tolerance=1e-5):
         weights = weights * gain
     return weights / weights.sum()
 
-def learned_mixture(members, other=None):
-    """({split: loss}, weights) of the mixture that is fitted on selection.
-    members: a list of {split: log p(target)}; other: an OtherMember that joins them."""
+def learned_mixture(members):
+    """({split: loss}, weights) of the mixture of `members` that is fitted on selection.
+    members: a list of {split: log p(target)}."""
     logps = {split: [member[split] for member in members] for split in members[0]}
-    if other is not None:
-        logps = {split: [*parts, other.logp[split]] for split, parts in logps.items()}
     weights = fit_mixture(logps["selection"])
-    by_token = dict.fromkeys(logps, weights)
-    if other is not None and other.weigh:       # by the context of each token
-        by_token = other.weigh(logps, weights)
-    losses = {split: mean_loss(mixture_logp(logps[split], by_token[split])) for split in logps}
+    losses = {split: mean_loss(mixture_logp(parts, weights)) for split, parts in logps.items()}
     return losses, [round(float(w), 4) for w in weights]
 
-def ensemble_curve(members, others=None):
+def ensemble_curve(members):
     """One dict for each n: the losses of the mixtures of the first n members.
-    members: [{split: log p(target)}]; others: {name: OtherMember}, each of which joins the
-    learned mixture. Beyond 16 members weights are fitted for powers of two and all only."""
+    members: [{split: log p(target)}]. Beyond 16 weights are fitted for powers of two and all."""
     curve, sums = [], {}
     for n, member in enumerate(members, 1):
         point = {"n": n}
@@ -1361,12 +1410,10 @@ def ensemble_curve(members, others=None):
             sums[split] = np.logaddexp(sums.get(split, -np.inf), logp.astype(np.float64))
             point[f"{split}_loss"] = mean_loss(sums[split]) + math.log(n)
         curve.append(point)
-        if "selection" not in member or (16 < n < len(members) and n & (n - 1)):
-            continue
-        for name, other in {"learned": None, **(others or {})}.items():
-            losses, point[f"weights_{name}"] = learned_mixture(members[:n], other)
+        if "selection" in member and (n <= 16 or n == len(members) or n & (n - 1) == 0):
+            losses, point["weights_learned"] = learned_mixture(members[:n])
             for split, loss in losses.items():
-                point[f"{split}_loss_{name}"] = loss
+                point[f"{split}_loss_learned"] = loss
     return curve
 
 # ==== Files: tensors, identity, states ==================================================
@@ -1429,11 +1476,6 @@ def member_path(folder, member, kind=""):
     """Of a member's weights, or (kind=".logp") of its log p by split."""
     return folder / "members" / f"{member:03d}{kind}.safetensors"
 
-def source_files(config):
-    """{name: path} of all source that computes the run."""
-    ngram = {"data/ngram.py": ROOT / "data/ngram.py"} if config.ngram_order else {}
-    return {"train_gpt.py": Path(__file__), **ngram}
-
 def run_name(config, overrides):
     """Of a run without --run_id: track, what differs from it, seed: cpu_dropout0.2_seed3."""
     usual = {name: TRACKS[config.track].get(name, f.default) for name, f in FIELDS.items()}
@@ -1469,22 +1511,12 @@ def claim(config, overrides, hashes, runtime):
         raise UserError(answer[0])
     return *answer[0], lock
 
-def begun_dtype(config):
-    """The dtype that `auto` was when the run was begun, wherever that was."""
-    path = ROOT / config.runs_dir / config.run_id / "run.json"
-    if config.dtype == "auto" and config.run_id and path.exists():
-        with contextlib.suppress(OSError, ValueError):      # claim says what is wrong with it
-            return json.loads(path.read_text(encoding="utf-8")).get("dtype", "auto")
-    return config.dtype
-
 def identify(config, folder, hashes):
     """(whether there is a run, lines on what has changed now, lines on all that has since it was
     begun). UserError if it cannot go on."""
     path = folder / "run.json"
     now = {name: as_text(value) for name, value in asdict(config).items() if name not in FREE}
-    for name, file in source_files(config).items():
-        now[name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    now |= hashes
+    now |= {SOURCE.name: hashlib.sha256(SOURCE.read_bytes()).hexdigest(), **hashes}
     had_run = path.exists()
     before = json.loads(path.read_text(encoding="utf-8")) if had_run else dict(now)
     history = before.pop("changes", [])
@@ -1492,10 +1524,9 @@ def identify(config, folder, hashes):
     changes = [f"{name}={now.get(name, 'gone')} (was {before.get(name)})" for name in changed]
     # members do not depend on how many come after them, unless their plan does
     is_longer = changed == ["num_models"] and int(before["num_models"]) < config.num_models
-    is_longer = is_longer and not config.continue_members and not config.edge_batch_rows
-    lines = [f"changed   {change}" for change in changes]
-    if (folder / "result.json").exists() and set(changed) <= set(source_files(config)):
-        return had_run, lines, history          # it is shown, whatever its source is by now
+    is_longer = is_longer and not config.continue_members
+    if (folder / "result.json").exists() and set(changed) <= {SOURCE.name}:
+        return had_run, changes, history        # it is shown, whatever its source is by now
     if changes and not is_longer and not config.allow_changed:
         raise UserError(f"{folder}: its run was begun otherwise: {', '.join(changes)}; undo"
                         " that, choose another --run_id, or insist with --allow_changed=true")
@@ -1504,17 +1535,14 @@ def identify(config, folder, hashes):
         done = len(list(folder.glob("members/*.logp.safetensors")))
         history = [*history, *(f"{change}, with {done} member(s) done" for change in changes)]
     write_json(path, now | {"changes": history})
-    return had_run, lines, history
+    return had_run, changes, history
 
 def remember_signals():
-    """A list that SIGTERM and SIGINT are put into from here on; 5 seconds later one more acts."""
-    received, moments = [], []
+    """A list that SIGTERM and SIGINT are put into from here on."""
+    received = []
 
     def remember(number, _):
         received.append(number)
-        moments.append(time.monotonic())
-        if moments[-1] - moments[0] > 5:        # before, it may be the first, passed on twice
-            os._exit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, remember)
@@ -1530,8 +1558,8 @@ class States:
         self.last = time.monotonic()    # when a state was saved
 
     def requests(self, runtime):
-        """(whether a state is due, whether to stop), alike on all processes. Asked each step, of
-        the CPUs, so that no device is waited for."""
+        """(whether a state is due, whether to stop), alike on all processes; asked after readings,
+        so that no sums wait to be read."""
         is_due = 0 < self.save_seconds <= time.monotonic() - self.last
         said = torch.tensor([float(is_due and self.log.is_main), float(len(self.signals))])
         return [number > 0 for number in runtime.all_reduce(said).tolist()]
@@ -1546,19 +1574,10 @@ class States:
                     self.log.say(f"warning   state not saved, the one before stays: {error}")
         self.last = time.monotonic()
 
-def random_state(device):
-    """uint8 [n]: states of torch's generators of this process."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states)
-
-def set_random_state(state, device):
-    """The reverse. clone: torch misreads a view that does not begin its storage."""
-    size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size].cpu().clone())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[size:].cpu().clone(), device)
+def generator_of(device):
+    """torch's own generator, which dropout draws from on `device`."""
+    is_cuda = device.type == "cuda"
+    return torch.cuda.default_generators[device.index] if is_cuda else torch.default_generator
 
 # ==== Log and report ====================================================================
 # Dense bf16 peak of a device, FLOP/s, by whole words of its name: NVIDIA's data sheets.
@@ -1624,34 +1643,32 @@ def minutes(seconds):
 def announce(trainer, data, log, overrides, had_run, changes):
     """Log what reproduces the run (source, versions, settings); tell what is about to run."""
     c, runtime = trainer.config, trainer.runtime
-    for name, path in source_files(c).items():
-        if changes or not had_run:
-            source = path.read_text(encoding="utf-8")
-            log.say(f"{source}\n{'=' * 40} end of {name}", console=False)
+    if changes or not had_run:
+        source = SOURCE.read_text(encoding="utf-8")
+        log.say(f"{source}\n{'=' * 40} end of {SOURCE.name}", console=False)
     facts = dict(python=sys.version.split()[0], numpy=np.__version__, overrides=overrides,
                  data_sha256=data.hashes, **run_facts(trainer))
     for key, value in facts.items():
         log.say(f"{key}:{json.dumps(value)}", console=False)
     sets = " ".join(f"{name}={as_text(getattr(c, name))}" for name in TRACKS[c.track] | overrides)
-    rows = Rows(data.train, c.seq_len, c.batch_rows, c.num_epochs, 0, 0)
+    rows = Member(1, trainer, data).rows
     scored = [f"{split} {count_tokens(part):,}" for split, part in data.scored.items()]
     flops = " then ".join(dict.fromkeys(f"{count:.4g}" for count in trainer.flops.values()))
-    sizes = [num_parameters(module) / 1e6 for module in (trainer.model, trainer.model.blocks)]
     for line in (
             f"track     {c.track}: {c.num_models} model(s) x {c.num_epochs} epochs",
             *textwrap.wrap(sets, 95, initial_indent="settings  ", subsequent_indent=" " * 10),
             f"data      {c.dataset}: {rows.tokens:,} tokens an epoch in {len(data.train)}"
             f" documents; {', '.join(scored)}",
-            f"model     {sizes[0]:.4g}M parameters, {sizes[1]:.4g}M of them in {c.num_layers}"
-            f" blocks of width {c.model_dim}; {flops} FLOPs a token",
+            f"model     {num_parameters(trainer.model) / 1e6:.4g}M parameters,"
+            f" {c.num_layers} blocks of width {c.model_dim}; {flops} FLOPs a token",
             f"steps     {rows.num_steps:,} a member, of {c.batch_rows} rows x {c.seq_len} ="
             f" {c.batch_rows * c.seq_len:,} tokens; {runtime.world_size} process(es),"
             f" micro-batches of {trainer.micro_rows} row(s)",
             f"machine   {hardware_name(runtime.device)}; torch {torch.__version__},"
             f" {runtime.dtype}, attention {runtime.attention},"
             f" compile {'on' if runtime.compile else 'off'}",
-            estimate(trainer, rows.tokens), f"folder    {log.folder}", *data.notes,
-            *runtime.notes, *changes, ""):
+            estimate(trainer, rows.tokens + rows.num_cut), f"folder    {log.folder}", *data.notes,
+            *runtime.notes, *(f"changed   {change}" for change in changes), ""):
         log.say(line)
 
 def estimate(trainer, tokens):
@@ -1680,18 +1697,17 @@ def equivalent_tokens(loss, curve):
     return float(np.interp(-loss, [-value for value in losses], tokens)), sign
 
 def data_efficiency(loss, baseline, train_tokens):
-    """{one_epoch, tuned, curve}: multiples of train_tokens, numbers or strings as "> 12.4"."""
-    result = {"one_epoch": "n/a", "tuned": "n/a", "curve": baseline}
-    for kind in ("one_epoch", "tuned"):
+    """{kind of BASELINES, and curve}: multiples of train_tokens, numbers or strings as "> 12.4"."""
+    result = {**dict.fromkeys(BASELINES, "n/a"), "curve": baseline}
+    for kind in BASELINES:
         if (baseline or {}).get(kind):
             tokens, sign = equivalent_tokens(loss, baseline[kind])
             multiple = round(tokens / train_tokens, 2)
             result[kind] = f"{sign} {multiple}" if sign else multiple
     return result
 
-def summarize(config, data, members, curve, others):
-    """What result.json says of an ensemble; its val_loss is the declared number.
-    members: a dict each; curve: of ensemble_curve; others: {name: OtherMember} in it."""
+def summarize(config, data, members, curve):
+    """What result.json says of an ensemble; val_loss is the declared number of ensemble_curve."""
     suffix = "" if config.final_mixture == "uniform" else "_" + config.final_mixture
     val_loss = curve[-1]["val_loss" + suffix]
     bits = val_loss / math.log(2) * (count_tokens(data.scored["val"]) - 1)
@@ -1703,8 +1719,6 @@ def summarize(config, data, members, curve, others):
         "data_efficiency": data_efficiency(val_loss, data.meta.get("baseline"),
                                            config.train_tokens),
         "members": members, "ensemble": curve,
-        "others": {name: {f"{split}_loss": mean_loss(p) for split, p in other.logp.items()}
-                   for name, other in others.items()},
         "train_tokens": config.train_tokens, "data_sha256": data.hashes}
 
 def run_facts(trainer):
@@ -1726,9 +1740,7 @@ def run_costs(trainer, members, peak_bytes):
 
 def result_lines(result):
     """The table of members and ensembles, the declared number and what it cost."""
-    columns = {"ensemble": "val_loss", "learned": "val_loss_learned",
-               **{f"+ {name}": f"val_loss_{name}" for name in result["others"]},
-               "holdout": "holdout_loss"}
+    columns = {"ensemble": "val_loss", "learned": "val_loss_learned", "holdout": "holdout_loss"}
     columns = {name: key for name, key in columns.items() if key in result["ensemble"][0]}
     header = "".join(f"{name:>10}" for name in columns)
     lines = [f" n    member{header}  (member n; ensembles of n)"]
@@ -1738,16 +1750,16 @@ def result_lines(result):
     bpb = f"{result['val_bpb']:.4f}" if result["val_bpb"] else "n/a"
     chosen_on = result.get("selection_loss")        # results of earlier versions have none
     selection = f", selection {chosen_on:.4f}" if chosen_on else ""
-    multiples = {kind: value if value == "n/a" else f"{value}x"
-                 for kind, value in result["data_efficiency"].items()}
+    found = result["data_efficiency"]
+    multiples = [f"{found[kind]}x {name}" for kind, name in BASELINES.items()
+                 if found.get(kind, "n/a") != "n/a"]
     times = ", ".join(f"{kind} {minutes(result[f'{kind}_seconds'])}"
                       for kind in ("train", "compile", "eval", "wall"))
     over = "; OVER the track's time limit" if result["over_time_limit"] else ""
     return lines + [
         "", f"result           val loss {result['val_loss']:.4f} ({result['final_mixture']}"
         f" mixture), {bpb} bits per byte{selection}, holdout {result['holdout_loss']:.4f}",
-        f"data efficiency  {multiples['one_epoch']} against the one-epoch baseline,"
-        f" {multiples['tuned']} against the tuned baseline",
+        f"data efficiency  {', '.join(multiples) or 'n/a'}",
         f"time             {times}{over}",
         f"speed            {result['tokens_per_second']:,.0f} tokens/s, MFU"
         f" {percent(result['mfu'])}, peak memory {result['peak_memory_bytes'] / 2 ** 20:,.0f} MiB"]
@@ -1777,9 +1789,10 @@ StepPlan = namedtuple("StepPlan", "specs loss num_targets num_second progress")
 class Trainer:
     """The models, optimizer and compiled functions that all members of a run share.
     Weights are copied into one student and one teacher: the next member compiles nothing."""
-    def __init__(self, config, runtime):
+    def __init__(self, config, runtime, tables=None):
         self.config = config
         self.runtime = runtime
+        self.tables = tables
         self.clocks = Clocks()
         self.micro_rows = micro_batch_rows(config, runtime.world_size)
         with runtime.device:
@@ -1805,7 +1818,7 @@ class Trainer:
         config, runtime = self.config, self.runtime
         is_new = self.optimizer is None or not config.continue_members
         if is_new:
-            self.optimizer = MuonAdamW(self.model.named_parameters(), config, runtime)
+            self.optimizer = MuonAdamW(self.model.named_parameters(), config, runtime, self.tables)
         if config.continue_members and number > 1:
             if is_new and state and state[1]["number"] in (number - 1, number):
                 restore_optimizer(state, self.optimizer)
@@ -1829,7 +1842,8 @@ class Trainer:
         plan = StepPlan(
             self.specs[stage_at(self.stages, progress)],
             LossSpec(torch.tensor(weights, device=runtime.device),
-                     config.kd_alpha if distill else 0.0, config),
+                     config.kd_alpha if distill else 0.0, config,
+                     config.row_memory * config.seq_len),
             int((targets >= 0).sum()), max(1, int((targets[:, 1:] >= 0).sum())), progress)
         inputs = inputs.to(runtime.device)
         targets = targets.to(runtime.device)
@@ -1884,7 +1898,7 @@ class Trainer:
             hidden = self.forward(self.model, x, plan.specs)
             loss, parts = self.main_loss(hidden, x, y, plan)
             if self.config.mtp_weight:
-                loss = loss + self.mtp_loss(hidden, y, plan)
+                loss = loss + self.mtp_loss(hidden, x, y, plan)
             (loss / plan.num_targets).backward()
             add_sums(sums, {name: part / plan.num_targets for name, part in parts.items()})
         return sums
@@ -1898,20 +1912,19 @@ class Trainer:
                 taught = self.forward(self.teacher, inputs, self.last_specs).flatten(0, 1)
             teacher = (taught, self.teacher.head.weight.to(self.runtime.dtype))
         ahead = [shift(targets, j) for j in range(len(plan.loss.target_weights))]
-        return self.loss(hidden, torch.stack(ahead, dim=2), plan.loss, teacher)
+        ahead = torch.stack(ahead, dim=2).flatten(0, 1)
+        return chunked_loss(hidden.flatten(0, 1), self.model.head.weight, ahead, teacher,
+                            plan.loss, self.chunk_function)
 
-    def mtp_loss(self, hidden, targets, plan):
+    def mtp_loss(self, hidden, inputs, targets, plan):
         """CE of the second next token of a row, by one more block (slowrun #65)."""
-        ahead = self.mtp_hidden(self.model, hidden, targets.clamp(min=0), plan.specs)
+        following = torch.cat((inputs[:, 1:], targets[:, -1:].clamp(min=0)), dim=1)
+        ahead = self.mtp_hidden(self.model, hidden, following, plan.specs)
         spec = LossSpec(torch.ones(1, device=targets.device), 0.0, self.config)
-        loss, _ = self.loss(ahead, shift(targets, 1).unsqueeze(2), spec)
+        loss, _ = chunked_loss(ahead.flatten(0, 1), self.model.head.weight,
+                               shift(targets, 1).view(-1, 1), None, spec, self.chunk_function)
         weight = (1 - plan.loss.alpha) * self.config.mtp_weight
         return weight * loss * (plan.num_targets / plan.num_second)
-
-    def loss(self, hidden, targets, spec, teacher=None):
-        """chunked_loss of the student's hidden states [B, T, D] and targets [B, T, J]."""
-        return chunked_loss(hidden.flatten(0, 1), self.model.head.weight,
-                            targets.flatten(0, 1), teacher, spec, self.chunk_function)
 
     def score_splits(self, data, splits=None, specs=None):
         """{split: log p(target)} of the model as it is; None: of all splits, in the last stage."""
@@ -1944,7 +1957,7 @@ class Trainer:
             y = targets[row:row + size].to(runtime.device).flatten()
             hidden = self.forward(self.model, x, specs or self.last_specs).flatten(0, 1)
             for h, t in zip(hidden.split(config.loss_chunk), y.split(config.loss_chunk)):
-                parts.append(self.logprobs(h, weight, t, config.softcap, config.vocab_size))
+                parts.append(self.logprobs(h, weight, t, config))
         logp = runtime.all_gather(torch.cat(parts)).cpu().numpy().astype(np.float32)
         return logp[:len(tokens) - 1]
 
@@ -1955,11 +1968,10 @@ def shift(targets, ahead):
 def micro_batch_rows(config, world_size):
     """Rows of a micro-batch. UserError if the batch cannot be shared out evenly."""
     unit = world_size * (2 * config.meta_rows if config.meta_lr else 1)
-    for name in ("batch_rows", "edge_batch_rows"):
-        rows = getattr(config, name)
-        if rows % unit:
-            raise UserError(f"--{name}={rows} must be a multiple of {unit} with {world_size}"
-                            f" process(es): {max(1, round(rows / unit)) * unit} is")
+    rows = config.batch_rows
+    if rows % unit:
+        raise UserError(f"--batch_rows={rows} must be a multiple of {unit} with {world_size}"
+                        f" process(es): {max(1, round(rows / unit)) * unit} is")
     most = config.meta_rows if config.meta_lr else config.batch_rows // world_size
     return min(config.device_batch_size, most)
 
@@ -1972,8 +1984,8 @@ class Member:
         self.number = number
         self.seed = 1000 * config.seed + number
         self.distill = is_distilled(config, number)
-        self.rows = Rows(data.train, config.seq_len, config.rows_of(number), config.num_epochs,
-                         self.seed, data.bos)
+        self.rows = Rows(data.train, config.seq_len, config.batch_rows, config.num_epochs,
+                         self.seed, data.bos, data.tables.get("pairs"), config.split_tokens)
         self.start = trainer.clocks.training()      # seconds, since the run was begun
         self.step = 0               # steps that are done
         self.flops = 0.0            # of these
@@ -1992,20 +2004,20 @@ def train_member(number, trainer, data, log, states=None, state=None):
     state: of States, to go on from if it is of this member. Returns facts, {split: log p}."""
     config = trainer.config
     member = Member(number, trainer, data)
-    rows = member.rows
     if member.distill:
         trainer.teacher.load_state_dict(trainer.model.state_dict())
     trainer.start_member(number, member.seed, state)
     if state and state[1]["number"] == number:
         restore_state(state, trainer, member)
         log.say(f"resumed   member {number} after step {member.step}")
-    while member.step < rows.num_steps:
+    while member.step < member.rows.num_steps:
         train_step(trainer, member)
         scored = end_epoch(trainer, member, data)
-        if scored is not None or member.step % config.log_steps == 0:
-            read_losses(trainer, member, log, scored)
+        if scored is None and member.step % config.log_steps:
+            continue
+        read_losses(trainer, member, log, scored)
         is_due, is_stopped = states.requests(trainer.runtime) if states else (False, False)
-        if states and (is_due or is_stopped or member.step == rows.num_steps):
+        if states and (is_due or is_stopped or member.step == member.rows.num_steps):
             states.save(*collect_state(trainer, member))
         if is_stopped:
             trainer.runtime.all_reduce(torch.zeros(1))  # torchrun ends all when the first one ends
@@ -2089,9 +2101,7 @@ def end_epoch(trainer, member, data):
         member.ends += 1
         weight = member.ends if config.average_recency else 1
         add_sums(member.average, {name: weight * value for name, value in values.items()})
-    if "selection" not in scores:
-        return {}
-    return {"selection_loss": mean_loss(scores["selection"])}
+    return {"selection_loss": mean_loss(scores["selection"])} if "selection" in scores else {}
 
 def final_scores(trainer, member, data):
     """{split: log p(target)} of what the member ends as; the model gets averaged weights."""
@@ -2108,10 +2118,8 @@ def collect_state(trainer, member):
     tensors = {f"model.{name}": p.detach() for name, p in trainer.model.named_parameters()}
     member.check_finite("a weight", float(sum(p.sum() for p in tensors.values())))
     tensors |= {f"average.{name}": value for name, value in member.average.items()}
-    tensors |= {f"recent.{name}": runtime.all_reduce(torch.stack(values))
-                for name, values in member.recent.items()}
-    random = random_state(runtime.device).unsqueeze(0).to(runtime.device)
-    tensors["random"] = runtime.all_gather(random)
+    random = generator_of(runtime.device).get_state()
+    tensors["random"] = runtime.all_gather(random.unsqueeze(0).to(runtime.device))
     for group in optimizer.groups:
         for kind, state in (group.state or group.new_state()).items():
             runtime.broadcast(state, group.owner)
@@ -2134,11 +2142,9 @@ def restore_state(state, trainer, member):
     for name in member.counters:
         setattr(member, name, facts[name])
     member.average = named("average.", tensors)
-    member.recent = {name: list(values.to(device) * runtime.is_main)
-                     for name, values in named("recent.", tensors).items()}
     trainer.clocks = Clocks(**facts["clocks"])
     if facts["world_size"] == runtime.world_size:
-        set_random_state(tensors["random"][runtime.rank], device)
+        generator_of(device).set_state(tensors["random"][runtime.rank].clone())
     else:
         torch.manual_seed(7919 * (1000 * member.number + member.step) + runtime.rank)
 
@@ -2199,7 +2205,6 @@ def is_finished(folder, number):
 
 def run(config, overrides):
     """Train the members, write the run's folder; returns the result on the main process."""
-    config = replace(config, dtype=begun_dtype(config))
     runtime = start_runtime(config)
     micro_batch_rows(config, runtime.world_size)
     config = replace(config, dtype=str(runtime.dtype).removeprefix("torch."))
@@ -2207,26 +2212,23 @@ def run(config, overrides):
     folder, had_run, changes, history, lock = claim(config, overrides, data.hashes, runtime)
     log = Log(folder, runtime.is_main)
     path = folder / "result.json"
-    result, others = None, {}
+    result = None
     if path.exists():
         result = json.loads(path.read_text(encoding="utf-8"))
         if runtime.is_main:
-            print("\n".join([f"{folder}: this run is finished", *changes, "",
-                             *result_lines(result)]))
+            print("\n".join([f"{folder}: this run is finished", *(f"changed   {change}"
+                             for change in changes), "", *result_lines(result)]))
         return result
-    trainer = Trainer(config, runtime)
-    if config.ngram_order and runtime.is_main:
-        from data.ngram import score_ngram
-        others["ngram"] = OtherMember(*score_ngram(config, data))
+    trainer = Trainer(config, runtime, data.tables)
     announce(trainer, data, log, overrides, had_run, changes)
     states = States(log, config.save_minutes, remember_signals())
     members, scores = train_members(trainer, data, log, states)
     memory = torch.tensor([peak_memory(runtime.device)], device=runtime.device)
     memory = int(runtime.all_gather(memory).max())
     if runtime.is_main:
-        curve = ensemble_curve(scores, others)
-        result = {**summarize(config, data, members, curve, others), "overrides": overrides,
-                  "changes": history, **run_costs(trainer, members, memory),
+        result = {**summarize(config, data, members, ensemble_curve(scores)),
+                  "overrides": overrides, "changes": history,
+                  **run_costs(trainer, members, memory),
                   **run_facts(trainer)}
         log.say("RESULT " + json.dumps(result), console=False)
         write_json(path, result)            # with it the run is finished

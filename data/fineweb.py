@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from shards import HEADER_INTS, read_shard, write_meta, write_shard
+from token_tables import read_ranks, write_token_tables
 
 REPO = "kjj0/fineweb10B-gpt2"
 FILES = "fineweb_val_000000.bin", "fineweb_train_000001.bin"  # consecutive pieces of one stream
@@ -90,14 +91,23 @@ def take(streams, start, end):
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def gpt2_tokens(bos_id):
-    """The text of each token but BOS, as bytes; [] if tiktoken cannot say."""
+def gpt2_tokens(bos_id, path=None):
+    """The text of each token but BOS, as bytes, by the ranks file `path` or tiktoken; [] if that
+    cannot say."""
+    if path:
+        try:
+            ranks = read_ranks(path)
+            return [ranks[token] for token in range(bos_id)]
+        except (OSError, ValueError, LookupError) as error:
+            raise Failure(f"{path}: must have GPT-2's {bos_id:,} tokens, in base64 with their ranks,"
+                          f" as tiktoken stores them ({type(error).__name__}: {error})") from None
     try:
         import tiktoken
         encoding = tiktoken.get_encoding("gpt2")
     except Exception as error:  # not installed, or its vocabulary neither cached nor reachable
-        print("without GPT-2's tokens bits per byte will be n/a, and tools/sample.py writes no text:"
-              f" tiktoken: {type(error).__name__}")
+        print("without GPT-2's tokens bits per byte will be n/a, tools/sample.py writes no text and"
+              " --spelling and --split_tokens are refused: give their file with --ranks=, or"
+              f" install tiktoken where it can download them ({type(error).__name__})")
         return []
     return [encoding.decode_single_token_bytes(token) for token in range(bos_id)]
 
@@ -259,7 +269,7 @@ def tokens_there(out):
 def build(args):
     """Get, cut and write the dataset; nothing in args.out changes before all of it is written."""
     streams, ranges, vocab_size, bos_id = get_streams(args)
-    vocabulary = gpt2_tokens(bos_id)
+    vocabulary = gpt2_tokens(bos_id, args.ranks)
     lengths = np.array([len(token) for token in vocabulary] + [0])      # BOS is no text
     splits, tokenizer = {}, {"tokenizer": "gpt2", "vocab_size": vocab_size, "bos_id": bos_id}
     args.out.mkdir(parents=True, exist_ok=True)
@@ -273,6 +283,7 @@ def build(args):
             tokenizer |= {"ranks": "ranks.tiktoken", "pattern": PATTERN, "bos_text": BOS_TEXT}
             lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(vocabulary)]
             (Path(folder) / tokenizer["ranks"]).write_bytes(b"".join(lines))
+            write_token_tables(folder, dict(enumerate(vocabulary)), vocab_size, bos_id)
         # Old hashes beside new shards would be a lie, should this stop in between.
         (args.out / "meta.json").unlink(missing_ok=True)
         for path in Path(folder).iterdir():
@@ -300,6 +311,7 @@ def parse(argv):
     add("--out", type=Path, default=Path(__file__).parent / "fineweb", help="[data/fineweb]")
     add("--cache", type=Path, help="where downloads are kept [the hub's cache]")
     add("--repo", default=REPO, help="dataset on the hub [%(default)s]")
+    add("--ranks", type=Path, metavar="FILE", help="of GPT-2's tokens [tiktoken's]")
     add("--force", action="store_true", help="build again, whatever is there")
     args = parser.parse_args(argv)
     if min(args.tokens, args.val_tokens, args.holdout_tokens) < 1:

@@ -96,9 +96,9 @@ class NGram:
         return {split: self.logprobs(tokens) for split, tokens in splits.items()}, weigh
 
 
-def score_ngram(config, data):
+def score_ngram(order, vocab_size, data):
     """What NGram.score returns of an n-gram counted on the training tokens of a Dataset."""
-    ngram = NGram(np.concatenate(data.train), config.vocab_size, data.bos, config.ngram_order)
+    ngram = NGram(np.concatenate(data.train), vocab_size, data.bos, order)
     splits = {split: np.concatenate(documents) for split, documents in data.scored.items()}
     return ngram.score(splits, PRIOR)
 

@@ -33,6 +33,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shards import write_meta, write_shard
+from token_tables import write_token_tables
 
 VOCAB, BOS, BOS_TEXT = 2048, 2047, "<|endoftext|>"  # 256 bytes, 1791 merges, BOS
 # how text is split into the pieces that a BPE token may not cross: GPT-2's rule
@@ -463,6 +464,7 @@ def build(works, out, cache, work_folder):
     out.mkdir(parents=True, exist_ok=True)
     lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
     (out / "ranks.tiktoken").write_bytes(b"".join(lines))
+    write_token_tables(out, {rank: token for token, rank in ranks.items()}, VOCAB, BOS)
     entries, tokens_by_work = {}, {}
     for split, documents in sorted(splits.items()):
         key = f"{split}_000000"

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 import _runs
 import train_gpt
 from shards import write_meta, write_shard
-from train_gpt import GPT, MuonAdamW, Trainer, make_config, start_runtime
+from token_tables import merged_pairs, spelling_features, write_token_tables
+from train_gpt import GPT, MuonAdamW, Trainer, capped_logits, make_config, start_runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = str(ROOT / "train_gpt.py")
@@ -37,11 +38,10 @@ CPU = torch.device("cpu")
 VOCAB, BOS = 100, 99            # of the small models and datasets below
 needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")),
                                     reason="nothing to compile with")
-# a rate, moments and so on for everybody, so that a mistaken one shows
+# another rate for each, so that a mistaken one shows
 RATES = dict(
     matrix_lr=0.05, embed_lr=0.11, head_lr=0.07, x0_lr=0.13, scalar_lr=0.17, gate_lr=0.19,
-    xsa_lr=0.23, iha_lr=0.29, adam_beta1=0.8, adam_beta2=0.95, adam_eps=1e-9, x0_beta1=0.96,
-    xsa_beta1=0.9, gate_beta1=0.7, gate_beta2=0.99, momentum=0.9, weight_decay=1.3)
+    head_shared_lr=0.03, momentum=0.9, weight_decay=1.3)
 TECHNIQUES = dict(xsa=True, iha=True, mtp_weight=0.3, **RATES)
 
 
@@ -166,8 +166,28 @@ def saved_logps(run):
     return [{split: p.double().numpy() for split, p in load_file(file).items()} for file in files]
 
 
-def make_dataset(folder, documents=(60, 8, 8), length=50):
-    """A dataset of random documents, with words that repeat, in `folder`."""
+def small_ranks():
+    """{token: bytes} of all tokens but BOS: letters, and merges of two tokens before them."""
+    strings, source = [bytes([byte]) for byte in b" abcdefghijkABCD"], np.random.default_rng(5)
+    while len(strings) < BOS:
+        merged = b"".join(strings[i] for i in source.integers(0, len(strings), 2))
+        if merged not in strings and len(merged) < 9:
+            strings.append(merged)
+    return dict(enumerate(strings))
+
+
+def small_tables():
+    """What read_token_tables finds of small_ranks()."""
+    ranks = small_ranks()
+    features, weights = spelling_features(ranks, VOCAB)
+    sizes = [len(ranks.get(token, b"")) for token in range(VOCAB)]
+    return {"bytes": np.array(sizes), "features": features, "weights": weights,
+            "pairs": merged_pairs(ranks, VOCAB)}
+
+
+def make_dataset(folder, documents=(60, 8, 8), length=50, tables=True):
+    """A dataset of random documents, with words that repeat, in `folder`; tables: with the
+    tokens.npz of small_ranks()."""
     splits = {}
     for seed, (split, count) in enumerate(zip(("train", "val", "holdout"), documents)):
         source = np.random.default_rng(seed)
@@ -176,6 +196,8 @@ def make_dataset(folder, documents=(60, 8, 8), length=50):
         splits[f"{split}_000000"] = write_shard(folder / f"small_{split}_000000.bin", tokens,
                                                 VOCAB, BOS)
     write_meta(folder, {"splits": splits, "vocab_size": VOCAB, "bos_id": BOS})
+    if tables:
+        write_token_tables(folder, small_ranks(), VOCAB, BOS)
     return folder
 
 
@@ -209,7 +231,8 @@ def small_config(track="cpu", **changes):
         mlp_multiple=8, window_pattern="SSSL", unet=True, resid_init=1.0, x0_init=0.1,
         softcap=15.0, proj_init="normal", normuon_beta2=0.95, window_schedule=(), dropout=0.0,
         num_models=1, qk_norm=True, second_weight=(), third_weight=(), kd_alpha=0.0, batch_rows=4,
-        device_batch_size=4, loss_chunk=7, dtype="float32", device="cpu"), **changes})
+        spelling=False, split_tokens=0.0, row_memory=False, device_batch_size=4, loss_chunk=7,
+        dtype="float32", device="cpu"), **changes})
 
 
 def randomize(model, seed=0):
@@ -219,6 +242,12 @@ def randomize(model, seed=0):
             scale = 1.0 if p.ndim == 1 or "gate" in name else 1.5 / p.shape[-1] ** 0.5
             p.copy_(scale * randn(*p.shape, seed=1000 * seed + i))
     return model
+
+
+def logits_of(model, hidden):
+    """[..., D] -> softcapped fp32 logits [..., vocab_size], without the padding and memory."""
+    weight = model.head.weight.to(hidden.dtype)
+    return capped_logits(hidden, weight, model.config.softcap)[..., :model.config.vocab_size]
 
 
 def random_model(config, seed=0, attention="sdpa"):
@@ -235,7 +264,7 @@ def random_trainer(seed=0, **changes):
     config = small_config(**changes)
     runtime = start_runtime(config)
     runtime.dtype = torch.float64
-    trainer = Trainer(config, runtime)
+    trainer = Trainer(config, runtime, small_tables())
     for i, model in enumerate((trainer.model, trainer.teacher)):
         if model is not None:
             randomize(model, seed + i).double()
@@ -255,11 +284,12 @@ def gradients_of(model):
 
 
 def weights_after_three_steps(runtime):
-    """Of a model of three layers; the gradients of the processes add up to the same ones."""
+    """Of a model of three layers, with spelling; the gradients of the processes add up to the
+    same ones."""
     runtime.dtype = torch.float64
-    config = small_config(num_layers=3, grad_clip=2.0, **TECHNIQUES)
+    config = small_config(num_layers=3, grad_clip=2.0, spelling=True, **TECHNIQUES)
     model = randomize(GPT(config)).double()
-    optimizer = MuonAdamW(model.named_parameters(), config, runtime)
+    optimizer = MuonAdamW(model.named_parameters(), config, runtime, small_tables())
     for step in range(3):
         for i, p in enumerate(model.parameters()):
             whole = randn(*p.shape, seed=100 * step + i)

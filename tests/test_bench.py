@@ -5,6 +5,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ import bench
 from _public_step import PublicTrainer, ReplicatedOptimizer, naive_loss
 from _runs import run_tool
 from helpers import (ROOT, VOCAB, batch, gradients_of, last_of_each, randn, randomize, rng,
-                     small_config, torchrun)
+                     small_config, small_tables, torchrun)
 from train_gpt import (LossSpec, MuonAdamW, Trainer, chunked_loss, loss_chunk, make_config,
                        parse_arguments, start_runtime)
 
@@ -42,8 +43,9 @@ def only_line(runs):
     return json.loads(line)
 
 
-def check_facts(facts):
+def check_facts(facts, loss_tokens=None):
     """Every documented key is there, and what cannot be 0 or less is not."""
+    loss_tokens = loss_tokens or bench.LOSS_TOKENS
     for kind, pieces in ("ce", PIECES), ("kd", PIECES | {"teacher"}):
         step = facts[kind]
         assert all(step[key] > 0 for key in ("seconds", "tokens_per_second", "mfu", "peak_bytes",
@@ -59,9 +61,9 @@ def check_facts(facts):
     assert facts["warmup_seconds"] > 0 and facts["steps"] == bench.STEPS
     assert facts["recompiles"] == 0
     assert 0 < facts["optimizer"]["share_of_full_batch"] <= 1
-    assert facts["loss"]["tokens"] == bench.LOSS_TOKENS
+    assert facts["loss"]["tokens"] == loss_tokens
     assert facts["loss"]["ours"]["seconds"] > 0 and facts["loss"]["seconds_ratio"] > 0
-    assert facts["loss"]["naive"]["peak_extra_bytes"] > 3 * 4 * bench.LOSS_TOKENS * 300
+    assert facts["loss"]["naive"]["peak_extra_bytes"] > 3 * 4 * loss_tokens * 300
     assert all(facts["public"][key] > 0 for key in ("steps", "seconds", "ratio", "peak_bytes"))
 
 
@@ -106,6 +108,20 @@ def test_bad_settings_are_one_line(arguments, message, monkeypatch, capsys):
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a CPU's peak memory is known on Linux only")
+def test_bench_of_what_needs_more_than_tokens(tmp_path, monkeypatch, capsys):
+    """Rows that are remembered, spelling and split tokens: without a dataset's tokens.npz."""
+    monkeypatch.setattr(bench, "LOSS_TOKENS", 1000)
+    monkeypatch.setattr(bench, "PRODUCTS", (256,))
+    arguments = ["--row_memory=true", "--spelling=true", "--split_tokens=0.3", "--seq_len=48",
+                 "--dataset=nowhere", "--loss_chunk=96", f"--runs_dir={tmp_path}"]
+    assert tool(monkeypatch, "--track=cpu", *SMALL, *arguments) == 0
+    assert capsys.readouterr().err == ""
+    facts = only_line(tmp_path)
+    check_facts(facts, loss_tokens=960)             # 20 rows, less than 1000 tokens
+    assert facts["config"]["row_memory"] and facts["config"]["spelling"]
+
+
 def test_public_step_is_skipped_where_its_logits_do_not_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench.Memory, "free", lambda self: 2 ** 20)
     monkeypatch.setattr(bench, "PRODUCTS", (256,))
@@ -136,6 +152,43 @@ def test_random_documents_begin_with_bos(steps, tokens):
     assert len(data.train) > tokens / bench.DOCUMENT / 2
 
 
+def test_random_tokens_are_split_and_have_strings():
+    config = make_config("cpu", **parse_arguments(SMALL), split_tokens=0.3, spelling=True,
+                         train_tokens=4000, selection_tokens=0, final_mixture="uniform")
+    data = bench.random_data(config, 10)
+    trainer = bench.TimedTrainer(replace(config, kd_alpha=0.5), start_runtime(config), data.tables)
+    stepper = bench.Stepper(trainer, data)
+    mergeable = sum(int((document != data.bos).sum()) for document in data.train)
+    assert stepper.rows.num_cut == round(0.3 * mergeable) > 100
+    features = data.tables["features"]
+    assert features.shape == (bench.FEATURES, config.padded_vocab)
+    assert 0 <= features.min() and features.max() < config.vocab_size
+    before = trainer.model.head.weight.detach().clone()
+    stepper.seconds(True)
+    groups = {group.row.optimizer for group in trainer.optimizer.groups}
+    assert "spelled" in groups and (trainer.model.head.weight != before).any()
+
+
+def test_seconds_of_a_piece_are_without_those_within(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(bench, "now", lambda runtime: clock[0])
+    trainer = SimpleNamespace(runtime=None, teacher="teacher", pieces=None)
+
+    def takes(seconds, *inner):
+        def run(model):
+            clock[0] += seconds
+            for function in inner:
+                function("teacher")
+        return run
+    forward = bench.TimedTrainer.timed(trainer, takes(3.0), "forward")
+    loss = bench.TimedTrainer.timed(trainer, takes(2.0, forward, forward), "loss")
+    loss("model")                   # is not being timed
+    trainer.pieces = dict.fromkeys(("forward", "loss", "teacher"), 0.0)
+    loss("model")
+    forward("model")
+    assert trainer.pieces == {"forward": 3.0, "loss": 2.0, "teacher": 6.0}
+
+
 # ==== The public way computes the same ==========================================================
 def both_trainers(track, **changes):
     """Our Trainer and the public one, of the same random student and teacher in float64."""
@@ -144,10 +197,11 @@ def both_trainers(track, **changes):
     runtime.dtype = torch.float64
     pair = []
     for kind, optimizer in ((Trainer, MuonAdamW), (PublicTrainer, ReplicatedOptimizer)):
-        trainer = kind(config, runtime)
+        trainer = kind(config, runtime, small_tables())
         for seed, model in enumerate((trainer.model, trainer.teacher)):
             randomize(model, seed).double()
-        trainer.optimizer = optimizer(trainer.model.named_parameters(), config, runtime)
+        trainer.optimizer = optimizer(trainer.model.named_parameters(), config, runtime,
+                                      trainer.tables)
         pair.append(trainer)
     return config, pair
 
@@ -155,7 +209,9 @@ def both_trainers(track, **changes):
 @pytest.mark.parametrize("track, changes", [
     ("cpu", dict(second_weight=((0, 0.5),), third_weight=((0, 0.25),))),
     ("cpu", dict(kd_temperature=2.0, softcap=0.0, grad_clip=0.01, muon_eq=False)),
-    ("limited", {}), ("tiny", {}), ("unlimited", {})])
+    ("limited", {}), ("tiny", {}), ("unlimited", {}),
+    ("cpu", dict(row_memory=True, loss_chunk=24, second_weight=((0, 0.5),), kd_temperature=2.0)),
+    ("limited", dict(row_memory=True, loss_chunk=12, spelling=True))])
 @pytest.mark.parametrize("distill", [False, True])
 def test_public_step_has_our_loss_gradients_and_update(track, changes, distill):
     config, pair = both_trainers(track, **changes)
@@ -182,19 +238,21 @@ def test_public_step_has_our_loss_gradients_and_update(track, changes, distill):
 
 @pytest.mark.parametrize("alpha, temperature, softcap", [
     (0.0, 1.0, 15.0), (0.5, 1.0, 15.0), (0.3, 2.0, 0.0)])
-def test_naive_loss_is_the_chunked_loss(alpha, temperature, softcap):
-    config = small_config(kd_temperature=temperature, softcap=softcap)
+@pytest.mark.parametrize("row", [0, 6])
+def test_naive_loss_is_the_chunked_loss(alpha, temperature, softcap, row):
+    config = small_config(kd_temperature=temperature, softcap=softcap, loss_chunk=12)
     rows = config.padded_vocab
     assert rows > VOCAB         # the padding must not count
-    targets = torch.randint(-1, VOCAB, (23, 3), generator=rng())
-    teacher = (randn(23, 8, seed=3), randn(rows, 8, seed=4)) if alpha else None
-    spec = LossSpec(torch.tensor([1.0, 0.5, 0.25]), alpha, config)
+    targets = torch.randint(-1, 9, (30, 3), generator=rng())
+    teacher = (randn(30, 8, seed=3), randn(rows, 8, seed=4)) if alpha else None
+    spec = LossSpec(torch.tensor([1.0, 0.5, 0.25]), alpha, config, row)
     results = []
     for function, more in ((chunked_loss, [loss_chunk]), (naive_loss, [])):
-        hidden = randn(23, 8, seed=1).requires_grad_()
+        hidden = randn(30, 8, seed=1).requires_grad_()
         weight = randn(rows, 8, seed=2).requires_grad_()
         loss, sums = function(hidden, weight, targets, teacher, spec, *more)
         loss.backward()
+        assert loss.isfinite()
         results.append([loss.detach(), sums["train_loss"], sums["kl"], hidden.grad, weight.grad])
     for ours, naive in zip(*results):
         torch.testing.assert_close(ours, naive, rtol=1e-6, atol=1e-9)

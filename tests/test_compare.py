@@ -24,7 +24,7 @@ from train_gpt import make_config
 
 SPLITS = ("selection", "val", "holdout")
 DATA = {"prose_train_000000.bin": "1" * 64, "prose_val_000000.bin": "2" * 64,
-        "prose_holdout_000000.bin": "3" * 64, "ranks": "4" * 64}
+        "prose_holdout_000000.bin": "3" * 64, "tokens.npz": "4" * 64}
 # selection losses of three seeds, without and with a change that helps by 0.5, 0.45 and 0.58
 WITHOUT = {1: 6.0, 2: 6.1, 3: 5.95}
 WITH = {1: 5.5, 2: 5.65, 3: 5.37}
@@ -55,7 +55,7 @@ def fabricate(runs, name, losses, source="a" * 64, data=DATA, track="cpu", finis
                                     run_id=folder.name, runs_dir=str(runs), **settings))
         scores = {f"{split}_loss": value for split, value in zip(SPLITS, three)}
         result = {"track": track, "final_mixture": config["final_mixture"], **scores,
-                  "ensemble": [{"n": 1, **scores}], "others": {}, "data_sha256": data,
+                  "ensemble": [{"n": 1, **scores}], "data_sha256": data,
                   "train_seconds": seconds, "seed": seed, "config": config, **dict(extra)}
         if finished:
             (folder / "result.json").write_text(json.dumps(result))
@@ -157,7 +157,7 @@ def real(tmp_path_factory):
     runs = {}
     for dropout in (0, 0.3):
         runs[dropout] = [train(folder, "--track=cpu", "--num_layers=1", "--num_models=1",
-                               "--train_tokens=4000", "--final_mixture=learned", "--ngram_order=0",
+                               "--train_tokens=4000", "--final_mixture=learned",
                                f"--dropout={dropout}", f"--seed={seed}") for seed in (1, 2, 3)]
     return SimpleNamespace(without=runs[0], with_=runs[0.3], folder=folder,
                            with_pattern=folder / "run[345]", without_pattern=folder / "run[012]")
@@ -342,7 +342,7 @@ def test_one_group_alone(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["prose_train_000000.bin", "prose_val_000000.bin",
-                                  "prose_holdout_000000.bin", "ranks"])
+                                  "prose_holdout_000000.bin", "tokens.npz"])
 def test_other_data_is_one_line(name, tmp_path):
     fabricate(tmp_path, "cpu", WITHOUT)
     fabricate(tmp_path, "cpu_dropout0.1", WITH, dropout=0.1, data={**DATA, name: "9" * 64})
@@ -350,6 +350,21 @@ def test_other_data_is_one_line(name, tmp_path):
                       [tmp_path / "*"]):
         error = complaint(*arguments)
         assert "cannot be compared" in error and f"{name} of their data differs" in error
+
+
+@pytest.mark.parametrize("name", ["tokens.npz", "ranks"])       # ranks: of earlier versions
+def test_tables_of_tokens_on_one_side_are_told(name, tmp_path):
+    """They may have been made since; the text that is scored is the same."""
+    bare = {shard: digest for shard, digest in DATA.items() if shard.endswith(".bin")}
+    fabricate(tmp_path, "cpu", WITHOUT, data=bare)
+    fabricate(tmp_path, "cpu_dropout0.1", WITH, dropout=0.1, data={**bare, name: "9" * 64})
+    lines = said(tmp_path / "cpu_dropout*", "--against", tmp_path / "cpu_seed*")
+    assert f"data      {name} of one side only" in lines
+    gone = {**bare}
+    del gone["prose_val_000000.bin"]
+    fabricate(tmp_path, "cpu_dropout0.2", WITH, dropout=0.2, data=gone)
+    error = complaint(tmp_path / "cpu_dropout0.2*", "--against", tmp_path / "cpu_seed*")
+    assert "prose_val_000000.bin of their data differs" in error
 
 
 @pytest.mark.parametrize("name, value, usual", [("selection_tokens", 800, 1000),
@@ -481,7 +496,7 @@ def test_the_uniform_mixture_of_an_earlier_version_is_read(earlier):
 
 
 def test_another_mixture_of_an_earlier_version_is_one_line(tmp_path):
-    folder, = fabricate(tmp_path, "cpu", {1: 6.0}, final_mixture="ngram")
+    folder, = fabricate(tmp_path, "cpu", {1: 6.0}, final_mixture="learned")
     edit(folder, lambda result: result.pop("selection_loss"))
     error = complaint(folder)
     assert f"{folder}: no selection loss of its declared mixture" in error and "again" in error

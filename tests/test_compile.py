@@ -5,9 +5,10 @@ import torch
 import train_gpt
 from helpers import flat, losses, needs_compiler, train
 
-# members with a teacher and without, two stages, a last batch that is not full
+# members with a teacher and without, two stages, a last batch that is not full, rows that remember;
+# no decay that has the sign of an update of about 0
 SETTINGS = ["--track=cpu", "--num_models=3", "--window_schedule=0:0.25:0.5,0.5:0.5:1",
-            "--dropout=0", "--ngram_order=0", "--final_mixture=learned"]
+            "--dropout=0", "--cautious=false", "--final_mixture=learned", "--row_memory=true"]
 
 pytestmark = needs_compiler
 

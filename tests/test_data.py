@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ import pytest
 import torch
 
 import shards
-from helpers import BOS, ROOT, TOY, VOCAB, main, make_dataset
-from train_gpt import (Rows, UserError, count_bytes, count_tokens, cut_documents, cut_selection,
-                       dataset_folder, drop_held_out, ensemble_curve, load_dataset, make_config,
-                       read_meta, read_shard, split_documents, summarize)
+import token_tables
+from helpers import BOS, ROOT, TOY, VOCAB, main, make_dataset, python, small_ranks, small_tables
+from train_gpt import (Rows, UserError, count_tokens, cut_documents, cut_selection, dataset_folder,
+                       drop_held_out, ensemble_curve, load_dataset, make_config, read_meta,
+                       read_shard, read_token_tables, split_documents, summarize)
 
 # of datasets in this file: 20 documents of train, 4 of val, 4 of holdout, 50 tokens each
 SIZES = dict(vocab_size=VOCAB, train_tokens=400, selection_tokens=60, eval_tokens=0,
@@ -28,11 +30,12 @@ SIZES = dict(vocab_size=VOCAB, train_tokens=400, selection_tokens=60, eval_token
 @pytest.fixture
 def dataset(tmp_path):
     """A sound little dataset that a test may spoil."""
-    return make_dataset(tmp_path / "small", documents=(20, 4, 4))
+    return make_dataset(tmp_path / "small", documents=(20, 4, 4), tables=False)
 
 
 def load(folder, **changes):
-    return load_dataset(folder, make_config("cpu", preset="toy", **{**SIZES, **changes}))
+    plain = {"spelling": False, "split_tokens": 0.0, "row_memory": False}
+    return load_dataset(folder, make_config("cpu", preset="toy", **{**plain, **SIZES, **changes}))
 
 
 def read_tokens(path):
@@ -339,7 +342,7 @@ def test_sound_dataset(dataset):
     assert list(data.scored) == ["selection", "val", "holdout"]
     assert data.hashes == {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
                            for path in dataset.glob("*.bin")}
-    assert data.val_bytes is None               # no ranks
+    assert data.val_bytes is None and data.tables == {}         # no tokens.npz
     assert data.meta == json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
     assert data.notes == []
 
@@ -371,25 +374,20 @@ def test_shards_of_a_split_are_one_text_in_the_order_of_their_names(tmp_path):
         load(folder, train_tokens=201, selection_tokens=0)
 
 
-def write_ranks(folder, texts):
-    lines = [base64.b64encode(text) + b" %d\n" % token for token, text in texts.items()]
-    (folder / "ranks.tiktoken").write_bytes(b"".join(lines))
-
-
 @pytest.mark.parametrize("scored", [0, 2, 7, 60, 120])
 def test_bytes_of_exactly_the_scored_tokens(scored, dataset):
     """Of val, which is cheap text and then dear text; BOS is no text. meta.json is not asked."""
     names = {token: b"a" * (1 + token % 3) if token < 50 else "\u4e2d\u6587".encode() * 2
              for token in range(BOS)}
-    write_ranks(dataset, names)
+    token_tables.write_token_tables(dataset, names, VOCAB, BOS)
     tokens = np.concatenate([[BOS], np.arange(49), [BOS], np.arange(50, 98)]).astype(np.uint16)
     rewrite(dataset / "small_val_000000.bin", {2: len(tokens)}, tokens)
     set_facts(dataset, "val_000000", sha256=None, text_bytes="nonsense")
     data = load(dataset, eval_tokens=scored)
     targets = tokens[1:scored or None]
     assert data.val_bytes == sum(len(names[token]) for token in targets.tolist() if token != BOS)
-    content = (dataset / "ranks.tiktoken").read_bytes()
-    assert data.hashes["ranks"] == hashlib.sha256(content).hexdigest()
+    content = (dataset / "tokens.npz").read_bytes()
+    assert data.hashes["tokens.npz"] == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize("facts", [{}, {"text_bytes": None}, {"text_bytes": "many"},
@@ -398,30 +396,24 @@ def test_bytes_that_meta_gives_are_not_read(facts, dataset):
     for split in ("train", "val", "holdout"):
         set_facts(dataset, f"{split}_000000", **facts)
     assert load(dataset).val_bytes is None
-    write_ranks(dataset, dict.fromkeys(range(BOS), b"abc"))
+    token_tables.write_token_tables(dataset, dict.fromkeys(range(BOS), b"abc"), VOCAB, BOS)
     assert load(dataset).val_bytes == 3 * 4 * 49
 
 
 @pytest.mark.parametrize("scored", [0, 2, 70])
 def test_bits_per_byte_are_of_the_scored_tokens(scored, dataset):
     """Whose targets are all but the first; one that is expensive has as many bytes as it has."""
-    write_ranks(dataset, {token: b"x" * (1 + token) for token in range(BOS)})
+    texts = {token: b"x" * (1 + token) for token in range(BOS)}
+    token_tables.write_token_tables(dataset, texts, VOCAB, BOS)
     data = load(dataset, eval_tokens=scored)
     tokens = read_tokens(dataset / "small_val_000000.bin")[:scored or None].tolist()
     logp = -np.random.default_rng(0).exponential(2, len(tokens) - 1)
     bits = sum(-logp / math.log(2)) / sum(1 + token for token in tokens if token != BOS)
     config = make_config("cpu", final_mixture="uniform")
     curve = ensemble_curve([{"val": logp, "holdout": logp}])
-    assert summarize(config, data, [], curve, {})["val_bpb"] == pytest.approx(bits, rel=1e-9)
+    assert summarize(config, data, [], curve)["val_bpb"] == pytest.approx(bits, rel=1e-9)
     data.val_bytes = None
-    assert summarize(config, data, [], curve, {})["val_bpb"] is None
-
-
-def test_bytes_are_unknown_where_a_token_has_no_text():
-    documents = [np.array([BOS, 1, 2], np.uint16)]
-    assert count_bytes(documents, {1: b"xy", 2: b"z"}, BOS) == 3
-    assert count_bytes(documents, {1: b"xy", 3: b"z"}, BOS) is None
-    assert count_bytes(documents, {}, BOS) is None
+    assert summarize(config, data, [], curve)["val_bpb"] is None
 
 
 def test_bytes_of_the_whole_val_are_those_of_its_text():
@@ -548,10 +540,184 @@ def test_meta_that_is_a_folder(dataset):
         load(dataset)
 
 
+# ==== tokens.npz ================================================================================
+PROSE = ROOT / "data/prose"
+PROSE_RANKS = token_tables.read_ranks(PROSE / "ranks.tiktoken")
+
+
+def slow_pairs(ranks, vocab_size):
+    """By the greedy merges of tiktoken, token by token: what its string is before the last one."""
+    ids, pairs = {text: token for token, text in ranks.items()}, np.full((vocab_size, 2), -1)
+    for token, text in ranks.items():
+        parts = [bytes([byte]) for byte in text]
+        while len(parts) > 2:
+            ways = [(ids[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:]))
+                    if ids.get(a + b, token) < token]
+            if not ways:
+                break
+            i = min(ways)[1]
+            parts = parts[:i] + [parts[i] + parts[i + 1]] + parts[i + 2:]
+        if len(parts) == 2 and parts[0] in ids and parts[1] in ids:
+            pairs[token] = ids[parts[0]], ids[parts[1]]
+    return pairs
+
+
+def slow_features(text):
+    """The names of what a token's string has; its ends are shorter than its word."""
+    text = text.decode(errors="replace")
+    spaced = text[0] == " "
+    bare = text[1:] if spaced and text != " " else text
+    word = bare.lower()
+    ends = {(kind, part) for n in (1, 2, 3, 4) if n < len(word)
+            for kind, part in (("prefix", word[:n]), ("suffix", word[len(word) - n:]))}
+    return ends | {("word", word), ("space", spaced), ("capital", bare[:1].isupper()),
+                   ("alphabetic", bare.isalpha()), ("length", min(len(bare), 6)),
+                   ("first", spaced, word[:1])}
+
+
+def test_tables_of_prose_are_those_of_its_ranks(tmp_path):
+    """As they lie there, and made anew by the script."""
+    held = dict(np.load(PROSE / "tokens.npz"))
+    for name in ("meta.json", "ranks.tiktoken"):
+        (tmp_path / name).write_bytes((PROSE / name).read_bytes())
+    done = python(token_tables.__file__, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{tmp_path / 'tokens.npz'}\n"
+    made = dict(np.load(tmp_path / "tokens.npz"))
+    assert set(made) == set(held) == {"bytes", "pairs", "features", "weights"}
+    assert all(np.array_equal(table, made[name]) for name, table in held.items())
+    assert held["bytes"].tolist() == [*(len(PROSE_RANKS[token]) for token in range(2047)), 0]
+
+
+@pytest.mark.parametrize("ranks, vocab", [(PROSE_RANKS, 2048), (small_ranks(), VOCAB)],
+                         ids=["prose", "small"])
+def test_pairs_against_slow_reference(ranks, vocab):
+    pairs = token_tables.merged_pairs(ranks, vocab)
+    assert np.array_equal(pairs, slow_pairs(ranks, vocab))
+    found = [(ranks[token], [ranks[half] for half in pair])
+             for token, pair in enumerate(pairs.tolist()) if pair != [-1, -1]]
+    assert len(found) > 0.8 * (vocab - 256 * (vocab > 256))
+    assert all(text == b"".join(halves) for text, halves in found)
+
+
+def test_pairs_of_tokens_that_merges_do_not_make():
+    """One of three bytes without a merge, one with a part that is no token, one of one byte."""
+    ranks = {0: b"a", 1: b"b", 2: b"ab", 3: b"abb", 4: b"bba", 5: b"xa", 6: b"aab"}
+    assert token_tables.merged_pairs(ranks, 9).tolist() == [
+        [-1, -1], [-1, -1], [0, 1], [2, 1], [-1, -1], [-1, -1], [0, 2], [-1, -1], [-1, -1]]
+
+
+@pytest.mark.parametrize("ranks, vocab", [(PROSE_RANKS, 2048), (small_ranks(), VOCAB)],
+                         ids=["prose", "small"])
+def test_features_against_slow_reference(ranks, vocab):
+    """Those of two tokens or more, at most as many as tokens and the most common; each token has
+    1 / sqrt(k) of its k, and BOS and the padding have none."""
+    features, weights = token_tables.spelling_features(ranks, vocab)
+    padded = -(-vocab // 64) * 64
+    assert features.shape == weights.shape[:2] and weights.shape[1:] == (padded, 1)
+    assert features.dtype == np.int64 and weights.dtype == np.float32
+    has = {token: slow_features(text) for token, text in ranks.items()}
+    counts = Counter(name for names in has.values() for name in names)
+    shared = {name: count for name, count in counts.items() if count > 1}
+    members = {}                # of each number: the tokens that have it
+    for token in range(padded):
+        weight = weights[:, token, 0]
+        numbers = features[weight > 0, token].tolist()
+        assert len(set(numbers)) == len(numbers)
+        assert weight[weight > 0] == pytest.approx([len(numbers) ** -0.5 for _ in numbers])
+        assert not weight[len(numbers):].any() and bool(numbers) == (token in ranks)
+        for number in numbers:
+            members.setdefault(number, set()).add(token)
+    assert len(members) == min(vocab, len(shared)) and set(members) <= set(range(vocab))
+    named = Counter(frozenset(token for token, names in has.items() if name in names)
+                    for name in shared)
+    found = Counter(map(frozenset, members.values()))
+    assert not found - named
+    assert sorted(map(len, members.values()), reverse=True) == (
+        sorted(shared.values(), reverse=True)[:vocab])
+
+
+def test_what_is_known_of_a_string():
+    assert set(token_tables.features_of(b" Hello")) == {
+        ("word", "hello"), ("space", True), ("capital", True), ("alphabetic", True),
+        ("length", 5), ("first", True, "h"), ("prefix", "h"), ("prefix", "he"), ("prefix", "hel"),
+        ("prefix", "hell"), ("suffix", "o"), ("suffix", "lo"), ("suffix", "llo"),
+        ("suffix", "ello")}
+    for text in (b" ", b"\xe4\xb8", b"  7", " \u00c4rger".encode()):
+        assert set(token_tables.features_of(text)) == slow_features(text)
+
+
+def test_tables_are_read_with_their_hash(tmp_path):
+    folder = make_dataset(tmp_path / "small", tables=True)
+    content = (folder / "tokens.npz").read_bytes()
+    for changes in ({}, {"spelling": True}, {"split_tokens": 0.5}):
+        config = make_config("cpu", preset="toy", **SIZES, **changes)
+        tables, hashes = read_token_tables(folder, config)
+        assert hashes == {"tokens.npz": hashlib.sha256(content).hexdigest()}
+        assert set(tables) == set(small_tables())
+        assert all(np.array_equal(table, tables[name]) for name, table in small_tables().items())
+        data = load(folder, **changes)
+        assert data.hashes["tokens.npz"] == hashes["tokens.npz"]
+        assert np.array_equal(data.tables["pairs"], tables["pairs"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"spelling": True}, {"split_tokens": 0.5}], ids=str)
+@pytest.mark.parametrize("spoil, says", [
+    (Path.unlink, "No such file"), (be_directory, "directory"), (be_dangling, "No such file"),
+    (be_unreadable, "Permission"), (be(lambda _: b"noise"), "pickle"),
+    (be(lambda _: b""), "data"),
+    (be(lambda held: held[:100]), "")], ids=[
+        "missing", "directory", "dangling", "unreadable", "noise", "empty", "truncated"])
+def test_tables_that_cannot_be_read(changes, spoil, says, tmp_path):
+    """Bits per byte are unknown without; who needs them, or has damaged ones, is told what helps."""
+    folder = make_dataset(tmp_path / "small", tables=True)
+    path = folder / "tokens.npz"
+    spoil(path)
+    if not changes and not path.exists():
+        data = load(folder)
+        assert (data.tables, data.val_bytes, "tokens.npz" in data.hashes) == ({}, None, False)
+        return
+    with pytest.raises(UserError) as error:
+        load(folder, **changes)
+    message = str(error.value)
+    assert message.startswith(f"{path}: cannot be read (") and says in message
+    assert message.endswith(f"python data/token_tables.py {folder}")
+
+
+@pytest.mark.parametrize("arguments, code, words", [
+    (["--help"], 0, "token_tables.py FOLDER"), (["-h"], 0, "token_tables.py FOLDER"),
+    ([], 2, "token_tables.py FOLDER"), (["a", "b"], 2, "token_tables.py FOLDER"),
+    (["--track=cpu"], 2, "token_tables.py FOLDER")], ids=str)
+def test_token_tables_as_a_script(arguments, code, words):
+    done = python(token_tables.__file__, *arguments)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert words in done.stdout
+
+
+@pytest.mark.parametrize("name, text", [
+    ("meta.json", None), ("meta.json", "{}"), ("meta.json", "{"), ("ranks.tiktoken", None),
+    ("ranks.tiktoken", "YQ== x\n"), ("ranks.tiktoken", "YQ== 0\nYg== 1\n"),
+    ("ranks.tiktoken", "YQ==\n")], ids=str)
+def test_token_tables_of_a_folder_that_lacks_something(name, text, dataset):
+    """One line; and a table that was there is left as it was."""
+    lines = [base64.b64encode(text) + b" %d\n" % token for token, text in small_ranks().items()]
+    (dataset / "ranks.tiktoken").write_bytes(b"".join(lines))
+    assert python(token_tables.__file__, dataset).returncode == 0
+    before = (dataset / "tokens.npz").read_bytes()
+    (dataset / name).unlink()
+    if text is not None:
+        (dataset / name).write_text(text)
+    done = python(token_tables.__file__, dataset)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(f"error: {dataset}: needs meta.json [^\n]+\n", done.stderr)
+    assert (dataset / "tokens.npz").read_bytes() == before
+
+
 # ==== As a user meets it ========================================================================
 def test_check_refuses_a_dataset_in_one_line(dataset):
     sizes = [f"--{name}={value}" for name, value in SIZES.items()]
-    arguments = ["check", "--track=cpu", *TOY, *sizes, f"--dataset={dataset}"]
+    arguments = ["check", "--track=cpu", *TOY, *sizes, "--spelling=false", "--split_tokens=0",
+                 f"--dataset={dataset}"]
     assert main(*arguments)[0] == 0
     for name in ("small_train_000000.bin", "small_holdout_000000.bin", "meta.json"):
         sound = (dataset / name).read_bytes()
@@ -675,3 +841,110 @@ def test_epochs_count_rows():
     rows = Rows(numbered_documents([33]), 8, 3, 3, seed=1, bos=ROWS_BOS)    # 4 rows an epoch
     assert (rows.rows_per_epoch, rows.total_rows, rows.num_steps) == (4, 12, 4)
     assert [rows.epoch_of(step) for step in range(5)] == [0, 0.75, 1.5, 2.25, 3]
+
+
+# ==== Tokens that are cut in two ================================================================
+CUT = 0.3
+
+
+def cut_rows(seed=1, cut=CUT, epochs=3, seq_len=64, batch_rows=5):
+    """Rows of 20 documents of data/prose, and these."""
+    documents = load_dataset(PROSE, make_config("cpu")).train[:20]
+    return Rows(documents, seq_len, batch_rows, epochs, seed, 2047, slow_pairs(PROSE_RANKS, 2048),
+                cut), documents
+
+
+def epoch_in_order(rows, epoch):
+    """(inputs, targets) of an epoch, as steps give its rows, joined again in their order."""
+    rows.load(epoch)
+    where = np.argsort(rows.row_order)
+    first = epoch * rows.rows_per_epoch
+    parts = {}
+    for row in range(first, first + rows.rows_per_epoch):
+        x, y = rows.step(row // rows.batch_rows)
+        parts[row - first] = x[row % rows.batch_rows], y[row % rows.batch_rows]
+    ordered = [parts[int(i)] for i in where]
+    return (torch.cat([x for x, _ in ordered]).numpy(), torch.cat([y for _, y in ordered]).numpy())
+
+
+@pytest.mark.parametrize("cut", [0.01, CUT, 1.0])
+def test_each_whole_token_is_predicted_once_an_epoch(cut):
+    """But the first of all, whatever is cut; and where it begins in the stream."""
+    rows, documents = cut_rows(cut=cut)
+    for epoch in range(3):
+        inputs, targets = epoch_in_order(rows, epoch)
+        order = np.random.default_rng((1, epoch)).permutation(len(documents))
+        whole = np.concatenate([documents[i] for i in order]).astype(np.int64)
+        assert targets[targets >= 0].tolist() == whole[1:].tolist()
+        size = len(whole) + rows.num_cut
+        assert len(inputs) == rows.rows_per_epoch * rows.seq_len >= size - 1
+        assert (targets[size - 1:] == -1).all()
+        halves = np.flatnonzero(targets[:size - 1] == -1)
+        assert len(halves) == rows.num_cut > 0
+
+
+@pytest.mark.parametrize("cut", [0.01, CUT, 1.0])
+def test_a_stream_that_is_cut_says_the_same_bytes(cut):
+    """Each token in the stream is whole, or it and the next one are the pair of a target."""
+    rows, documents = cut_rows(cut=cut)
+    pairs, sizes = slow_pairs(PROSE_RANKS, 2048), np.load(PROSE / "tokens.npz")["bytes"]
+    names = PROSE_RANKS | {2047: b""}
+    mergeable = sum(int((pairs[document, 0] >= 0).sum()) for document in documents)
+    assert rows.num_cut == round(cut * mergeable)
+    for epoch in range(2):
+        rows.load(epoch)
+        order = np.random.default_rng((1, epoch)).permutation(len(documents))
+        whole = np.concatenate([documents[i] for i in order]).tolist()
+        stream, targets = rows.stream.tolist(), rows.targets.tolist()
+        assert len(stream) == len(targets) == len(whole) + rows.num_cut
+        assert b"".join(names[token] for token in stream) == b"".join(
+            names[token] for token in whole)
+        assert sizes[stream].sum() == sizes[whole].sum()
+        count = 0
+        for i, target in enumerate(targets):
+            if target >= 0 and stream[i] != target:
+                assert [stream[i], stream[i + 1]] == pairs[target].tolist()
+                assert targets[i + 1] == -1
+                count += 1
+        assert count == targets.count(-1) == rows.num_cut
+
+
+def test_what_is_cut_depends_on_seed_and_epoch_only():
+    """Other tokens in each epoch and for each member; the same ones, whoever asks first."""
+    def is_cut(rows, epoch):
+        rows.load(epoch)
+        is_there = rows.targets >= 0
+        return (rows.stream != rows.targets)[is_there], rows.targets[is_there]
+
+    epochs = [0, 1, 2]
+    expected = [is_cut(cut_rows()[0], epoch) for epoch in epochs]
+    rows, documents = cut_rows()
+    for epoch in epochs[::-1]:
+        assert all(map(np.array_equal, is_cut(rows, epoch), expected[epoch]))
+    one = Rows(documents[:1], 64, 5, 3, 1, 2047, slow_pairs(PROSE_RANKS, 2048), CUT)
+    two = Rows(documents[:1], 64, 5, 3, 2, 2047, slow_pairs(PROSE_RANKS, 2048), CUT)
+    masks = [is_cut(part, epoch)[0] for part in (one, two) for epoch in epochs]
+    total = one.num_cut
+    assert {int(mask.sum()) for mask in masks} == {total} and total > 100
+    can = int((slow_pairs(PROSE_RANKS, 2048)[documents[0], 0] >= 0).sum())
+    for i, mask in enumerate(masks):
+        for other in masks[:i]:     # by chance CUT of them are the same
+            assert (mask & other).sum() == pytest.approx(total ** 2 / can, rel=0.25)
+    again, _ = cut_rows()
+    for step in (5, 0, 3):
+        assert all(map(torch.equal, again.step(step), cut_rows()[0].step(step)))
+
+
+def test_rows_without_cuts_do_not_need_pairs():
+    """And the documents' and rows' order is the same with cuts or without."""
+    rows, documents = cut_rows(cut=0.0)
+    plain = Rows(documents, 64, 5, 3, 1, 2047)
+    assert rows.num_cut == 0 and rows.num_steps == plain.num_steps
+    for step in range(rows.num_steps):
+        assert all(map(torch.equal, rows.step(step), plain.step(step)))
+    assert plain.stream.dtype == np.uint16
+    cut, _ = cut_rows()
+    assert cut.rows_per_epoch > plain.rows_per_epoch
+    cut.load(1)
+    plain.load(1)
+    assert cut.targets[cut.targets >= 0].tolist() == plain.stream.tolist()

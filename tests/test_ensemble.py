@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import mix
 from data import ngram
 from data.ngram import BUCKETS, weights_by_bucket
-from helpers import relative_error, small_config
-from train_gpt import (OtherMember, ensemble_curve, fit_mixture, learned_mixture,
-                       mean_loss, mixture_logp)
+from helpers import relative_error
+from train_gpt import ensemble_curve, fit_mixture, learned_mixture, mean_loss, mixture_logp
 
 
 # ==== Mixtures ==================================================================================
@@ -147,14 +147,14 @@ def assert_learned(point, name, logps, buckets=None, prior=30.0):
         table = weights_by_bucket(logps[:, here], buckets[here], weights, prior)
         weights = table[:, buckets]
     expected = naive_losses(logps, weights)
-    for split in ("val", "holdout"):
+    for split in PARTS:
         assert point[f"{split}_loss_{name}"] == pytest.approx(expected[split], rel=1e-9)
 
 
 def test_ensemble_curve_against_full_distributions():
-    """Of 1, 2, 3 members; alone, with an n-gram by bucket, and with another run's member."""
-    logps = random_logps(3, 150)
-    counted, another = random_logps(2, 150, seed=1)
+    """Of 1, 2, 3 members; alone, and of all with an n-gram by bucket."""
+    logps = random_logps(3, 150).astype(np.float32)
+    counted = random_logps(1, 150, seed=1)[0]
     buckets = np.random.default_rng(2).integers(0, 4, 150)
     buckets[PARTS["val"]][0] = 6                # a bucket that selection has not seen
 
@@ -163,21 +163,19 @@ def test_ensemble_curve_against_full_distributions():
                                   prior=7)
         return {split: table[:, buckets[part]] for split, part in PARTS.items()}
 
-    others = {"ngram": OtherMember(by_split(counted), weigh),
-              "another": OtherMember(by_split(another))}
-    curve = ensemble_curve([by_split(logp.astype(np.float32)) for logp in logps], others)
-    logps = logps.astype(np.float32).astype(np.float64)
+    members = [by_split(logp) for logp in logps]
+    curve, logps = ensemble_curve(members), logps.astype(np.float64)
     assert [point["n"] for point in curve] == [1, 2, 3]
     for point in curve:
-        members = logps[:point["n"]]
-        for split, loss in naive_losses(members).items():
+        first = logps[:point["n"]]
+        for split, loss in naive_losses(first).items():
             assert point[f"{split}_loss"] == pytest.approx(loss, rel=1e-12)
-        assert_learned(point, "learned", members)
-        assert_learned(point, "another", np.vstack((members, another)))
-        assert_learned(point, "ngram", np.vstack((members, counted)), buckets, prior=7)
-    alone = ensemble_curve([by_split(logp) for logp in logps])
-    assert [{name: point[name] for name in quiet} for point, quiet in zip(curve, alone)] == alone
-    assert "val_loss_learned" in alone[0] and "val_loss_ngram" not in alone[0]
+        assert_learned(point, "learned", first)
+        assert set(point) == {"n", "weights_learned", *(
+            split + loss for split in PARTS for loss in ("_loss", "_loss_learned"))}
+    joined = mix.with_ngram(members, by_split(counted), weigh)
+    assert_learned(joined, "ngram", np.vstack((logps, counted)), buckets, prior=7)
+    assert set(joined) == {"weights_ngram", *(f"{split}_loss_ngram" for split in PARTS)}
 
 
 def test_learned_mixture_is_rounded_for_show_only():
@@ -203,8 +201,7 @@ def test_learned_weights_see_selection_only():
 
 def test_ensemble_without_selection_learns_nothing():
     members = [{"val": logp[:20], "holdout": logp[20:]} for logp in random_logps(3, 40)]
-    other = OtherMember(members[0], None)
-    for point in ensemble_curve(members, {"another": other}):
+    for point in ensemble_curve(members):
         assert set(point) == {"n", "val_loss", "holdout_loss"}
 
 
@@ -394,7 +391,7 @@ def documents_of(tokens):
 def test_score_ngram_counts_train_and_scores_the_rest(train, held_out):
     data = SimpleNamespace(train=documents_of(train), bos=BOS, scored={
         "selection": documents_of(train[:50]), "val": documents_of(held_out)})
-    logp, _ = ngram.score_ngram(small_config(vocab_size=VOCAB, ngram_order=3), data)
+    logp, _ = ngram.score_ngram(3, VOCAB, data)
     expected = ngram_of(train, 3)
     for split, tokens in (("selection", train[:50]), ("val", held_out)):
         assert np.array_equal(logp[split], expected.logprobs(as_tokens(tokens)))
@@ -410,7 +407,7 @@ def test_the_ngram_weighs_by_what_it_knows_of_contexts(train, held_out):
     """By buckets of its support, fitted on selection with the prior."""
     data = SimpleNamespace(train=documents_of(train), bos=BOS, scored={
         "selection": documents_of(train[:90]), "val": documents_of(held_out)})
-    scores, weigh = ngram.score_ngram(small_config(vocab_size=VOCAB, ngram_order=3), data)
+    scores, weigh = ngram.score_ngram(3, VOCAB, data)
     logps = {split: np.stack([np.full(len(p), -2.0), p]) for split, p in scores.items()}
     weights = np.array([0.7, 0.3])
     found = weigh(logps, weights)

@@ -25,7 +25,7 @@ from helpers import SCRIPT, clean_environment, last_of_each, main, make_dataset,
 import train_gpt
 from train_gpt import TRACKS, Trainer, read_tensors
 
-# two members of 6 steps, a state due at every step
+# two members of 6 steps, each of which is read, so that a state is due
 SHORT = [*RUN, "--num_models=2", "--continue_members=false", "--average=probs", "--num_epochs=1",
          "--log_steps=1"]
 # 16 steps a member, and nothing that differs with the number of processes but the order of sums:
@@ -311,23 +311,24 @@ def at_step(count, action):
 
 
 @pytest.mark.parametrize("minutes", ["0", "0.00001"])
-def test_a_signal_is_heeded_at_the_step_however_rarely_losses_are_read(minutes, data, tmp_path):
-    """With no state before it, or with one."""
-    rarely = ["--log_steps=1000000", f"--save_minutes={minutes}"]
+@pytest.mark.parametrize("log_steps, step", [(4, 4), (1000000, 6)])
+def test_a_stop_waits_for_the_next_reading(log_steps, step, minutes, data, tmp_path):
+    """The last one is the end of an epoch; with no state before it, or with one. Each reading is
+    of all steps since the one before, as without a stop."""
+    rarely = [f"--log_steps={log_steps}", f"--save_minutes={minutes}"]
     assert short(tmp_path / "whole", data, *rarely) == (0, "")
     with at_step(9, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         code, err = short(tmp_path / "stopped", data, *rarely)
-    assert code == 143 and err.startswith("stopped   member 2 after step 3; ")
+    assert code == 143 and err.startswith(f"stopped   member 2 after step {step}; ")
     assert short(tmp_path / "stopped", data, *rarely) == (0, "")
-    assert "resumed   member 2 after step 3" in log(tmp_path / "stopped")
-    found = [[(member["val_loss"], member["holdout_loss"])
-              for member in read_run(tmp_path / name / "run").result["members"]]
-             for name in ("whole", "stopped")]
-    assert found[0] == found[1]
+    assert f"resumed   member 2 after step {step}" in log(tmp_path / "stopped")
+    assert_same(tmp_path / "whole/run", tmp_path / "stopped/run")
 
 
-@pytest.mark.parametrize("minutes, step", [("0.00001", 4), ("1000", None)])
-def test_states_are_saved_in_time_however_rarely_losses_are_read(minutes, step, data, tmp_path):
+@pytest.mark.parametrize("log_steps, minutes, step", [
+    (2, "0.00001", 4), (3, "0.00001", 3), (1000000, "0.00001", None), (2, "1000", None)])
+def test_states_are_saved_at_the_readings_at_which_they_are_due(log_steps, minutes, step, data,
+                                                                tmp_path):
     class PowerCut(BaseException):
         pass
 
@@ -335,38 +336,15 @@ def test_states_are_saved_in_time_however_rarely_losses_are_read(minutes, step, 
         raise PowerCut
 
     with at_step(5, cut_power), pytest.raises(PowerCut):
-        short(tmp_path, data, "--log_steps=1000000", f"--save_minutes={minutes}")
+        short(tmp_path, data, f"--log_steps={log_steps}", f"--save_minutes={minutes}")
     state = tmp_path / "run/state.safetensors"
     assert state.exists() == (step is not None)
     assert step is None or read_tensors(state)[1]["step"] == step
 
 
-def test_a_reading_after_a_stop_is_the_one_without_it(data, tmp_path):
-    """Of all steps since the last reading, though some were done by an earlier launch."""
-    assert short(tmp_path / "whole", data, "--log_steps=4") == (0, "")
-    with at_step(9, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-        assert short(tmp_path / "stopped", data, "--log_steps=4")[0] == 143
-    assert short(tmp_path / "stopped", data, "--log_steps=4") == (0, "")
-    assert_same(tmp_path / "whole/run", tmp_path / "stopped/run")
-
-
-def test_a_signal_that_comes_later_stops_at_once(data, whole, tmp_path):
-    """Whatever the process is at, with the exit code of a signal."""
-    def twice():
-        monotonic = time.monotonic
-        signal.raise_signal(signal.SIGINT)
-        time.monotonic = lambda: monotonic() + 6        # in the fork alone
-        signal.raise_signal(signal.SIGTERM)
-
-    with at_reading(5, twice):
-        launch = Launch([*SHORT, data, f"--runs_dir={tmp_path}"], 1, tmp_path / "console")
-    assert launch.wait() == [143]
-    ends_equal(tmp_path, data, whole, "resumed   member 1 after step 4")
-
-
 def test_an_interrupt_that_comes_twice_is_one(data, whole, tmp_path):
-    """As from the terminal and from torchrun, which passes on its own."""
-    with at_reading(5, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]):
+    """As from the terminal and from torchrun, which passes on its own; the first one counts."""
+    with at_reading(5, lambda: [signal.raise_signal(n) for n in (signal.SIGINT, signal.SIGTERM)]):
         code, err = short(tmp_path, data)
     assert code == 130 and re.fullmatch("stopped   member 1 after step 5; [^\n]+\n", err)
     ends_equal(tmp_path, data, whole, "resumed   member 1 after step 5")

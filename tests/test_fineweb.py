@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_fineweb.py
 """
+import base64
 import hashlib
 import json
 import re
@@ -21,7 +22,8 @@ import fineweb
 import prose
 from helpers import ROOT, clean_environment, python
 from shards import GPT2_BOS as BOS, read_shard
-from train_gpt import load_dataset, make_config, read_ranks
+from token_tables import read_ranks
+from train_gpt import load_dataset, make_config
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -282,8 +284,7 @@ def test_another_size_than_there(hub, tmp_path, capsys):
 
 
 # ==== GPT-2's vocabulary ========================================================================
-PROSE_META = json.loads((ROOT / "data/prose/meta.json").read_text(encoding="utf-8"))
-PROSE_RANKS, _ = read_ranks(ROOT / "data/prose", PROSE_META)
+PROSE_RANKS = read_ranks(ROOT / "data/prose/ranks.tiktoken")
 PUBLISHED = (r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"""
              r"""|\s+""")                      # of GPT-2's encoder.py
 TEXTS = [
@@ -316,8 +317,8 @@ def test_ranks_lie_beside_the_shards_and_give_their_bytes(hub, tmp_path, monkeyp
     assert run(tmp_path, *SMALL) == 0
     monkeypatch.setitem(sys.modules, "tiktoken", tiktoken)
     out = tmp_path / "out"
-    meta = check_dataset(out, hub.tokens, SMALL_BUDGETS, "ranks.tiktoken")
-    ranks, _ = read_ranks(out, meta)
+    meta = check_dataset(out, hub.tokens, SMALL_BUDGETS, "ranks.tiktoken", "tokens.npz")
+    ranks = read_ranks(out / meta["ranks"])
     assert ranks == {token: stub_bytes(token) for token in range(BOS)}
     for split in fineweb.SPLITS:
         tokens = read_shard(out / f"fineweb_{split}_000000.bin")[0].tolist()
@@ -326,7 +327,13 @@ def test_ranks_lie_beside_the_shards_and_give_their_bytes(hub, tmp_path, monkeyp
     sizes = dict(train_tokens=1500, selection_tokens=0)
     data = load_dataset(out, make_config("limited", **sizes))
     assert data.val_bytes == meta["splits"]["val_000000"]["text_bytes"]
-    assert data.hashes["ranks"] == hashlib.sha256((out / "ranks.tiktoken").read_bytes()).hexdigest()
+    written = (out / "tokens.npz").read_bytes()
+    assert data.hashes["tokens.npz"] == hashlib.sha256(written).hexdigest()
+    assert data.tables["bytes"].tolist() == [len(ranks[token]) for token in range(BOS)] + [0]
+    pairs, merged = data.tables["pairs"], np.flatnonzero(data.tables["pairs"][:, 0] >= 0)
+    assert len(merged) > 1000 and len(pairs) == BOS + 1
+    assert all(ranks[pairs[i, 0]] + ranks[pairs[i, 1]] == ranks[i] for i in merged)
+    assert data.tables["features"].shape[1] == make_config("limited").padded_vocab
     assert data.meta["baseline"] and not data.notes
     data = load_dataset(out, make_config("limited", eval_tokens=123, **sizes))
     scored = read_shard(out / "fineweb_val_000000.bin")[0][:123].tolist()
@@ -339,6 +346,21 @@ def test_ranks_lie_beside_the_shards_and_give_their_bytes(hub, tmp_path, monkeyp
     assert ours.encode("<|endoftext|>", allowed_special="all") == [BOS]
     document = read_shard(ROOT / "data/prose/prose_val_000000.bin")[0][1:500].tolist()
     assert ours.encode_ordinary(ours.decode(document)) == document
+
+
+def test_ranks_may_be_given_where_tiktoken_cannot_download_them(hub, tmp_path, capsys):
+    given = tmp_path / "gpt2.tiktoken"
+    lines = [base64.b64encode(stub_bytes(token)) + b" %d\n" % token for token in range(BOS)]
+    given.write_bytes(b"".join(lines[:-1]))
+    assert run(tmp_path, *SMALL, f"--ranks={given}") != 0
+    error = capsys.readouterr().err
+    assert f"{given}: must have GPT-2's 50,256 tokens" in error and error.count("\n") == 1
+    assert not list((tmp_path / "out").glob("*.bin"))
+    given.write_bytes(b"".join(lines))
+    assert run(tmp_path, *SMALL, f"--ranks={given}") == 0
+    out = tmp_path / "out"
+    check_dataset(out, hub.tokens, SMALL_BUDGETS, "ranks.tiktoken", "tokens.npz")
+    assert (out / "ranks.tiktoken").read_bytes() == given.read_bytes()
 
 
 def test_bytes_are_counted_in_pieces():

@@ -17,13 +17,12 @@ import torch
 
 import train_gpt
 from chaos import RUN, assert_same
-from helpers import (CPU, SCRIPT, TECHNIQUES, TINY, gradients_of, losses, main, make_dataset,
-                     needs_compiler, randn, random_model, random_tokens, randomize, read_run,
-                     relative_error, rng, small_config, torchrun, train)
+from helpers import (CPU, SCRIPT, TECHNIQUES, TINY, gradients_of, logits_of, losses, main,
+                     make_dataset, needs_compiler, randn, random_model, random_tokens, randomize,
+                     read_run, relative_error, rng, small_config, small_tables, torchrun, train)
 from train_gpt import (GPT, TRACKS, AttentionSpec, LossSpec, MuonAdamW, Runtime, Trainer, attend,
-                       choose_attention, chunked_loss, is_distilled, loss_chunk, make_config,
-                       make_mask, peak_flops, random_state, set_random_state, start_runtime,
-                       training_stages)
+                       choose_attention, chunked_loss, generator_of, is_distilled, loss_chunk,
+                       make_config, make_mask, peak_flops, start_runtime, training_stages)
 
 DEVICE = "cuda"
 # cuBLAS reads it once, at its first call: with it its sums have one order
@@ -33,6 +32,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 HERE = torch.device(DEVICE)
 ROUNDING = 1e-3             # what is left of losses that are summed in another order
 COMPILED = ["--compile=true", "--compile_model=true"]
+BY_STRINGS = ["--spelling=true", "--split_tokens=0.3", "--row_memory=true"]
 on_every_path = pytest.mark.parametrize("path", [
     "sdpa", pytest.param("flex", marks=needs_compiler), "fa3"])
 
@@ -72,7 +72,7 @@ def weights_of_the_cpu(monkeypatch):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The argument for a small dataset."""
-    return f"--dataset={make_dataset(tmp_path_factory.mktemp('data') / 'small')}"
+    return f"--dataset={make_dataset(tmp_path_factory.mktemp('data') / 'small', tables=True)}"
 
 
 @functools.cache
@@ -115,15 +115,16 @@ def test_runtime_of_a_gpu(dtype):
     assert (eager.attention, eager.compile) == ("sdpa", False)
 
 
-def test_random_state_is_that_of_the_gpu_as_well():
+def test_the_generator_of_a_gpu_is_the_one_that_dropout_draws_from():
+    runtime = start_runtime(make_config("mini", dtype="float32", compile=False))
+    ones = torch.ones(64, device=HERE)
     torch.manual_seed(3)
     torch.rand(5, device=HERE)
-    state = random_state(HERE).to(HERE).cpu()       # as processes gather it
-    drawn = [torch.rand(5, device=device) for device in (CPU, HERE)]
+    state = generator_of(runtime.device).get_state().to(HERE).cpu()     # as processes gather it
+    drawn = torch.dropout(ones, 0.5, True)
     torch.manual_seed(4)
-    set_random_state(state, HERE)
-    for device, numbers in zip((CPU, HERE), drawn):
-        assert torch.equal(torch.rand(5, device=device), numbers)
+    generator_of(runtime.device).set_state(state)
+    assert torch.equal(torch.dropout(ones, 0.5, True), drawn)
 
 
 # ==== Attention =================================================================================
@@ -205,7 +206,7 @@ def states_and_gradients(model, forward, mtp_hidden):
     states = {"hidden": forward(model, tokens, specs)}
     if config.mtp_weight:
         states["ahead"] = mtp_hidden(model, states["hidden"], following, specs)
-    sum(model.logits(x).square().mean() for x in states.values()).backward()
+    sum(logits_of(model, x).square().mean() for x in states.values()).backward()
     results = {**states, **gradients_of(model)}
     return {name: x.detach().cpu().double() for name, x in results.items()}
 
@@ -243,19 +244,31 @@ def test_paths_of_attention_are_one_model(path, dtype, name):
 
 # ==== Loss and optimizer ========================================================================
 LOSS_VOCAB, LOSS_PADDED, ROWS = 1000, 1024, 200
+NONE = -1e4                 # a logit of what is not there: its p is 0
 
 
 def naive_loss(hidden, weight, targets, teacher, spec):
-    """The loss from whole logits without the padding; a token without a next one does not count."""
+    """The loss from whole logits without the padding; a token without a next one does not count.
+    What stands earlier in the row, of spec.row tokens, has a logit as well."""
     config, T = spec.config, spec.config.kd_temperature
-    logits, taught = (config.softcap * torch.tanh(h @ w[:LOSS_VOCAB].T / config.softcap)
-                      for h, w in ((hidden, weight), teacher))
-    counted = targets[:, 0] >= 0
+    counted, tokens = targets[:, 0] >= 0, torch.arange(LOSS_VOCAB).expand(ROWS, -1)
+    if spec.row:
+        at = torch.arange(ROWS)
+        seen = (at[:, None] > at) & (at[:, None] // spec.row == at // spec.row) & counted
+        tokens = torch.cat((tokens, torch.where(seen, targets[:, 0], -1)), dim=1)
+
+    def all_logits(h, w):
+        z = config.softcap * torch.tanh(h @ w[:LOSS_VOCAB].T / config.softcap)
+        return torch.cat((z, torch.where(seen, h @ h.T / h.shape[1] ** 0.5, NONE)),
+                         dim=1) if spec.row else z
+
+    logits, taught = all_logits(hidden, weight), all_logits(*teacher)
     logp = logits.log_softmax(dim=1)
     loss = 0
     for weight_of_it, column in zip(spec.target_weights.tolist(), targets.T):
         there = counted & (column >= 0)
-        loss = loss - (1 - spec.alpha) * weight_of_it * logp[there, column[there]].sum()
+        right = torch.where(tokens == column[:, None], logp, NONE)[there]
+        loss = loss - (1 - spec.alpha) * weight_of_it * right.logsumexp(dim=1).sum()
     log_p, log_q = ((x / T).log_softmax(dim=1) for x in (logits, taught))
     kl = (log_q.exp() * (log_q - log_p)).sum(dim=1)[counted].sum()
     return loss + spec.alpha * T ** 2 * kl
@@ -263,8 +276,9 @@ def naive_loss(hidden, weight, targets, teacher, spec):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)],
                          ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("row", [0, 8], ids=["", "memory"])
 @needs_compiler
-def test_compiled_loss_with_a_teacher_equals_naive_autograd(dtype, tolerance):
+def test_compiled_loss_with_a_teacher_equals_naive_autograd(row, dtype, tolerance):
     """In chunks, the last of which is smaller; two targets, some of which are missing."""
     hidden, taught = (randn(ROWS, 64, seed=i).to(dtype) for i in range(2))
     weight, teacher = (randn(LOSS_PADDED, 64, seed=i).to(dtype) / 2 for i in range(2, 4))
@@ -272,7 +286,7 @@ def test_compiled_loss_with_a_teacher_equals_naive_autograd(dtype, tolerance):
     targets[::5] = -1
     targets[1::5, 1] = -1
     config = small_config(vocab_size=LOSS_VOCAB, kd_temperature=2.0, loss_chunk=64)
-    spec = LossSpec(torch.tensor([1.0, 0.5]), 0.4, config)
+    spec = LossSpec(torch.tensor([1.0, 0.5]), 0.4, config, row)
 
     def gradients(function, hidden, weight):
         hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
@@ -294,9 +308,11 @@ def test_compiled_loss_with_a_teacher_equals_naive_autograd(dtype, tolerance):
 
 def weights_after_three_steps(device, dtype, cautious):
     """Of a model of three layers with every technique; dtype: of weights and products."""
-    config = small_config(num_layers=3, grad_clip=2.0, cautious=cautious, **TECHNIQUES)
+    config = small_config(num_layers=3, grad_clip=2.0, cautious=cautious, spelling=True,
+                          **TECHNIQUES)
     model = randomize(GPT(config)).to(device, dtype)
-    optimizer = MuonAdamW(model.named_parameters(), config, Runtime(device=device, dtype=dtype))
+    optimizer = MuonAdamW(model.named_parameters(), config, Runtime(device=device, dtype=dtype),
+                          small_tables())
     for step in range(3):
         for i, p in enumerate(model.parameters()):
             p.grad = randn(*p.shape, seed=100 * step + i).to(device, dtype)
@@ -326,8 +342,7 @@ def test_a_run_of_every_track(track, tmp_path):
     torch._dynamo.utils.counters.clear()
     run = train(tmp_path, f"--track={track}", f"--device={DEVICE}", "--dtype=bfloat16", *COMPILED,
                 "--num_layers=2", "--loop_start=1", "--loop_end=1", "--num_epochs=2",
-                "--num_models=2", "--kd_alpha=0.5", "--kd_from=2", "--edge_batch_rows=0",
-                *FEWER_STAGES.get(track, []))
+                "--num_models=2", "--kd_alpha=0.5", "--kd_from=2", *FEWER_STAGES.get(track, []))
     attention = chosen_attention(torch.bfloat16)
     assert f"torch.bfloat16, attention {attention}, compile on" in run.log
     assert ("FlashAttention 3 fails" in run.console) == (attention != "fa3")
@@ -351,14 +366,15 @@ SAME = {        # no dropout, and no step that hangs on a sign
     "cpu": ["--track=cpu", "--num_models=2", "--kd_from=2"],
     "limited": ["--track=limited", "--num_layers=3", "--batch_rows=8", "--num_epochs=2"],
     "tiny": ["--track=tiny", "--batch_rows=8", "--num_epochs=2"],
+    "by strings": ["--track=cpu", "--num_models=2", "--kd_from=2", *BY_STRINGS],
 }
 
 
 @pytest.mark.parametrize("name", SAME)
 def test_float32_run_has_the_losses_of_the_cpu(name, small, tmp_path, weights_of_the_cpu):
     arguments = [*SAME[name], small, "--vocab_size=100", "--train_tokens=3000",
-                 "--selection_tokens=300", "--eval_tokens=0", "--ngram_order=0",
-                 "--final_mixture=learned", "--dropout=0", "--cautious=false"]
+                 "--selection_tokens=300", "--eval_tokens=0", "--final_mixture=learned",
+                 "--dropout=0", "--cautious=false"]
     (tmp_path / "cpu").mkdir()
     (tmp_path / "gpu").mkdir()
     reference = train(tmp_path / "cpu", *arguments, "--device=cpu")
@@ -415,12 +431,12 @@ def arguments_of(runs, data, *changes):
             "--log_steps=1", *changes]
 
 
-@pytest.mark.parametrize("changes", [[], pytest.param(COMPILED, marks=needs_compiler)],
-                         ids=["eager", "compiled"])
+@pytest.mark.parametrize("changes", [
+    ["--compile=false"], ["--compile=false", *BY_STRINGS],
+    pytest.param(COMPILED, marks=needs_compiler)], ids=["eager", "by strings", "compiled"])
 def test_a_run_that_is_stopped_ends_as_one_that_is_not(changes, small, tmp_path, monkeypatch,
                                                        deterministic):
     """Bit for bit, with dropout: within the second member, after one that is averaged."""
-    changes = [*changes, "--compile=false"] if not changes else changes
     assert main(*arguments_of(tmp_path / "whole", small, *changes))[0] == 0
     stopped = arguments_of(tmp_path / "stopped", small, *changes)
     readings = (tmp_path / "whole/run/metrics.jsonl").read_text(encoding="utf-8")

@@ -119,7 +119,7 @@ def test_it_does_what_it_says(idea, changed):
         assert relative_error(grad_weight, weight.grad) < 1e-12
         assert float(sums["loss"] - sums["train_loss"]) == pytest.approx(float(sums["z_loss"]))
     else:
-        config = changed.make_config("cpu", matrix_optimizer="sgd", matrix_lr=0.1)
+        config = changed.make_config("cpu", matrix_optimizer="sgd", matrix_lr=0.1, spelling=False)
         p = torch.nn.Parameter(randn(3, 4, dtype=torch.float32))
         expected, momentum = p.detach().double().numpy().copy(), 0.0
         optimizer = changed.MuonAdamW([("blocks.0.attn.q.weight", p)], config)
@@ -137,7 +137,7 @@ def test_a_run_with_it(idea, tmp_path):
     name, folder = idea
     flag = {"warmup": "--lr_warmup=0.2", "z_loss": "--z_weight=0.01",
             "sgd": "--matrix_optimizer=sgd"}[name]
-    arguments = ["train_gpt.py", "--track=cpu", *TINY, "--num_models=1", "--ngram_order=0",
+    arguments = ["train_gpt.py", "--track=cpu", *TINY, "--num_models=1",
                  "--final_mixture=learned", f"--runs_dir={tmp_path}", flag]
     done = python(*arguments, "--run_id=one", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -159,8 +159,8 @@ def test_a_run_with_it(idea, tmp_path):
 def test_its_state_is_saved(idea, changed, tmp_path):
     config = changed.make_config("cpu", preset="toy", matrix_optimizer="sgd", kd_alpha=0.0)
     runtime = changed.start_runtime(config)
-    trainer = changed.Trainer(config, runtime)
     data = changed.load_dataset(ROOT / config.dataset, config)
+    trainer = changed.Trainer(config, runtime, data.tables)
     member = changed.Member(1, trainer, data)
     trainer.start_member(1, 1)
     changed.train_step(trainer, member)

@@ -12,6 +12,7 @@ from train_gpt import (KnownGradient, LossSpec, add_sums, capped_logits, chunked
                        target_logprobs)
 
 N, D, VOCAB, PADDED = 37, 16, 50, 64
+ROW = 12        # tokens of a row that is remembered
 DISTILLATION = [(0.0, 1.0), (0.5, 1.0), (0.7, 2.0), (1.0, 0.5)]     # alpha, temperature
 TARGET_WEIGHTS = [(1.0,), (1.0, 0.5, 0.25)]     # of the next token and of those after it
 
@@ -33,15 +34,48 @@ def loss_inputs(alpha, n=N, targets=1, dtype=torch.float64):
     return hidden, weight, y, teacher if alpha else None
 
 
-def spec_of(target_weights=(1.0,), alpha=0.0, temperature=1.0, softcap=0.0, chunk=N):
+def spec_of(target_weights=(1.0,), alpha=0.0, temperature=1.0, softcap=0.0, chunk=N, row=0):
     config = small_config(vocab_size=VOCAB, kd_temperature=temperature, softcap=softcap,
-                          loss_chunk=chunk)
-    return LossSpec(torch.tensor(target_weights, dtype=torch.float64), alpha, config)
+                          loss_chunk=chunk, row_memory=bool(row), seq_len=row or ROW)
+    return LossSpec(torch.tensor(target_weights, dtype=torch.float64), alpha, config, row)
 
 
 def naive_logits(hidden, weight, softcap):
     z = hidden @ weight[:VOCAB].T
     return softcap * torch.tanh(z / softcap) if softcap else z
+
+
+def remembered(hidden, weight, y, config, row):
+    """(logits, the token that each stands for) of each position, a list: of the vocabulary, and of
+    the earlier positions of its row that have a target; as many as there are."""
+    logits, found = naive_logits(hidden, weight, config.softcap), []
+    for t in range(len(hidden)):
+        earlier = [i for i in range(t - t % row, t) if y[i] >= 0]
+        similar = hidden[earlier] @ hidden[t] / D ** 0.5
+        tokens = torch.cat((torch.arange(VOCAB), y[earlier]))
+        found.append((torch.cat((logits[t], similar)), tokens))
+    return found
+
+
+def naive_row_loss(hidden, weight, y, teacher, spec):
+    """naive_loss of rows that are remembered. The KL is of entries, not of tokens."""
+    T, config = spec.config.kd_temperature, spec.config
+    entries = remembered(hidden, weight, y[:, 0], config, spec.row)
+    taught = remembered(*teacher, y[:, 0], config, spec.row) if teacher is not None else None
+    ces, kl = [torch.zeros((), dtype=hidden.dtype) for _ in range(y.shape[1])], 0
+    for t, (logits, tokens) in enumerate(entries):
+        if y[t, 0] < 0:
+            continue
+        logp = logits.log_softmax(0)
+        for j, target in enumerate(y[t].tolist()):
+            if target >= 0:
+                ces[j] = ces[j] - logp[tokens == target].logsumexp(0)
+        if taught is not None:
+            log_q, log_p = ((x / T).log_softmax(0) for x in (taught[t][0], logits))
+            kl = kl + (log_q.exp() * (log_q - log_p)).sum()
+    ce = sum(share * one for share, one in zip(spec.target_weights, ces))
+    loss = (1 - spec.alpha) * ce + spec.alpha * T ** 2 * kl
+    return loss, {"train_loss": ces[0], "kl": torch.as_tensor(kl)}
 
 
 def naive_loss(hidden, weight, y, teacher, spec):
@@ -95,31 +129,60 @@ def test_chunked_loss_equals_naive_autograd(softcap, alpha, temperature, chunk, 
     assert not weight_grad[VOCAB:].any()                    # the padding
 
 
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("alpha, temperature", DISTILLATION)
+@pytest.mark.parametrize("row, chunk", [(ROW, ROW), (ROW, 2 * ROW), (ROW, 100 * ROW), (4, ROW),
+                                        (1, 5)])
+@pytest.mark.parametrize("target_weights", [*TARGET_WEIGHTS, (1.0, 0.0)], ids=str)
+def test_loss_of_remembered_rows_equals_naive_autograd(softcap, alpha, temperature, row, chunk,
+                                                       target_weights):
+    """A hidden state has a gradient where it asks and where it is remembered."""
+    arguments = loss_inputs(alpha, 3 * ROW, len(target_weights))
+    arguments[2][3 * ROW // 2:, 0] %= 4             # in some rows most has been there before
+    spec = spec_of(target_weights, alpha, temperature, softcap, chunk, row)
+    ours, sums = with_gradients(chunked_loss, *arguments, spec)
+    expected, naive_sums = with_gradients(naive_row_loss, *arguments, spec)
+    for one, naive in zip(ours, expected):
+        assert relative_error(one, naive) < 1e-12
+    for name in ("train_loss", "kl"):
+        assert float(sums[name]) == pytest.approx(float(naive_sums[name]), rel=1e-12, abs=1e-12)
+    without, _ = with_gradients(naive_loss, *arguments, spec)
+    assert (relative_error(ours[1], without[1]) > 1e-9) == (row > 1)    # else nothing is earlier
+    assert not ours[2][VOCAB:].any()
+
+
+@pytest.mark.parametrize("row", [0, ROW])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_narrow_hidden_states_have_fp32_sums_and_weight_gradients(dtype, tolerance):
+def test_narrow_hidden_states_have_fp32_sums_and_weight_gradients(dtype, tolerance, row):
     """Logits and sums are fp32 whatever the dtype of products is; so is what adds up in chunks."""
-    hidden, weight, y, teacher = loss_inputs(0.5, targets=3, dtype=dtype)
-    spec = spec_of(TARGET_WEIGHTS[-1], 0.5, 2.0, 5.0, chunk=8)
+    hidden, weight, y, teacher = loss_inputs(0.5, 3 * ROW if row else N, targets=3, dtype=dtype)
+    chunk = row or 8
+    spec = spec_of(TARGET_WEIGHTS[-1], 0.5, 2.0, 5.0, chunk, row)
     spec = spec._replace(target_weights=spec.target_weights.float())
     ours, sums = with_gradients(chunked_loss, hidden, weight.float(), y, teacher, spec)
     assert ours[1].dtype == dtype and ours[2].dtype == torch.float32
     assert ours[0].dtype == sums["train_loss"].dtype == sums["kl"].dtype == torch.float32
     wide = hidden.double(), weight.double(), y, tuple(x.double() for x in teacher)
-    expected, _ = with_gradients(naive_loss, *wide, spec)
+    expected, _ = with_gradients(naive_row_loss if row else naive_loss, *wide, spec)
     for one, naive in zip(ours, expected):
         assert relative_error(one.double(), naive) < tolerance
     added = sum(loss_chunk(h, weight, targets, (taught, teacher[1]), spec)[2].double()
-                for h, targets, taught in zip(*(x.split(8) for x in (hidden, y, teacher[0]))))
+                for h, targets, taught in zip(*(x.split(chunk) for x in (hidden, y, teacher[0]))))
     assert relative_error(ours[2], added) < 1e-6
 
 
-def test_logits_too_large_for_exp():
+@pytest.mark.parametrize("row", [0, ROW])
+def test_logits_too_large_for_exp(row):
     """Probabilities that underflow, of student and teacher, cost and teach what they do exactly."""
-    hidden, weight, y, teacher = loss_inputs(0.5)
+    hidden, weight, y, teacher = loss_inputs(0.5, 3 * ROW if row else N)
     hidden, teacher = 100 * hidden, (100 * teacher[0], teacher[1])
-    spec = spec_of(alpha=0.5)
+    if row:                     # that a token stood earlier makes it 0 or 1, too
+        hidden, teacher = hidden / 20, (teacher[0] / 20, 20 * teacher[1])
+        weight = 20 * weight
+    spec = spec_of(alpha=0.5, chunk=row or N, row=row)
     ours, sums = with_gradients(chunked_loss, hidden, weight, y, teacher, spec)
-    expected, naive_sums = with_gradients(naive_loss, hidden, weight, y, teacher, spec)
+    naive = naive_row_loss if row else naive_loss
+    expected, naive_sums = with_gradients(naive, hidden, weight, y, teacher, spec)
     assert naive_sums["train_loss"] > 1000 * N
     for one, naive in zip((*ours, *sums.values()), (*expected, *naive_sums.values())):
         assert torch.isfinite(one).all() and relative_error(one, naive) < 1e-12
@@ -128,27 +191,84 @@ def test_logits_too_large_for_exp():
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_capped_logits_and_target_logprobs(softcap):
     hidden, weight, y, _ = loss_inputs(0.0)
+    config = spec_of(softcap=softcap).config
     z = hidden @ weight.T
     z = softcap * torch.tanh(z / softcap) if softcap else z
     assert relative_error(capped_logits(hidden, weight, softcap), z) < 1e-12
     narrow = hidden.bfloat16(), weight.bfloat16()
     assert capped_logits(*narrow, softcap).dtype == torch.float32
-    assert target_logprobs(*narrow, y[:, 0], softcap, VOCAB).dtype == torch.float32
-    ours = target_logprobs(hidden, weight, y[:, 0], softcap, VOCAB)
+    assert target_logprobs(*narrow, y[:, 0], config).dtype == torch.float32
+    ours = target_logprobs(hidden, weight, y[:, 0], config)
     assert ours.shape == (N,)           # those of no target are junk
     expected = naive_logits(hidden, weight, softcap).log_softmax(1)
     counted = y[:, 0] >= 0
     assert relative_error(ours[counted], expected[counted, y[counted, 0]]) < 1e-12
 
 
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_target_logprobs_of_remembered_rows(softcap):
+    """Whatever stood there, they are of a distribution over the vocabulary: they sum to one."""
+    hidden, weight, y, _ = loss_inputs(0.0, 3 * ROW)
+    y, spec = y[:, 0] % 7, spec_of(softcap=softcap, chunk=ROW, row=ROW)
+    y[5], y[ROW] = -1, -1
+    ours = target_logprobs(hidden, weight, y, spec.config)
+    for t, (logits, tokens) in enumerate(remembered(hidden, weight, y, spec.config, ROW)):
+        if y[t] >= 0:
+            expected = logits.softmax(0)[tokens == y[t]].sum().log()
+            assert float(ours[t]) == pytest.approx(float(expected), rel=1e-12)
+    narrow = hidden.bfloat16(), weight.bfloat16()
+    assert target_logprobs(*narrow, y, spec.config).dtype == torch.float32
+    sums = torch.zeros(3 * ROW, dtype=torch.float64)
+    for t in range(ROW):        # every token as the target of position t of each row
+        for token in range(VOCAB):
+            asked = y.clone()
+            asked[t::ROW] = token
+            sums[t::ROW] += target_logprobs(hidden, weight, asked, spec.config)[t::ROW].exp()
+    assert torch.allclose(sums, torch.ones_like(sums), rtol=0, atol=1e-12)
+
+
+def results_of_rows(hidden, weight, y, teacher):
+    """log p, d/d hidden of three rows that are remembered."""
+    spec = spec_of((1.0, 0.5), 0.5, 2.0, 5.0, 3 * ROW, ROW)
+    _, of_hidden, _ = loss_chunk(hidden, weight, y, teacher, spec)
+    return target_logprobs(hidden, weight, y[:, 0], spec.config), of_hidden
+
+
+def test_what_is_remembered_is_earlier_and_of_the_row():
+    """Not a bit of what is said before a change, or in another row, changes; what follows does."""
+    hidden, weight, y, teacher = loss_inputs(0.5, 3 * ROW, 2)
+    hidden = hidden / 4
+    y = y.clamp(min=0) % 7              # every token comes again
+    logp, of_hidden = results_of_rows(hidden, weight, y, teacher)
+    at, end = ROW + 4, 2 * ROW
+    for what in ("hidden", "target"):
+        other, targets = hidden.clone(), y.clone()
+        depends = torch.ones(end - at, dtype=torch.bool)
+        if what == "hidden":
+            other[at] += 1
+        else:
+            targets[at, 0] = (y[at, 0] + 1) % 7
+            depends = (y[at:end, 0] == y[at, 0]) | (y[at:end, 0] == targets[at, 0])
+            assert 1 < depends.sum() < end - at
+        new_logp, new_of_hidden = results_of_rows(other, weight, targets, teacher)
+        changed = logp != new_logp
+        assert not changed[:at].any() and not changed[end:].any()
+        assert torch.equal(changed[at:end], depends)
+        moved = (of_hidden != new_of_hidden).any(dim=1)
+        assert moved[at] and (what == "target" or moved[ROW:end].all())
+        assert not moved[:ROW].any() and not moved[end:].any()
+
+
 # ==== What must not matter ======================================================================
+@pytest.mark.parametrize("row", [0, ROW])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("alpha, temperature", DISTILLATION)
 @pytest.mark.parametrize("target_weights", TARGET_WEIGHTS, ids=str)
-def test_padding_never_receives_probability(softcap, alpha, temperature, target_weights):
+def test_padding_never_receives_probability(softcap, alpha, temperature, target_weights, row):
     """Not a bit changes when the padding's rows do, however large, in student and teacher."""
-    hidden, weight, y, teacher = loss_inputs(alpha, targets=len(target_weights))
-    spec = spec_of(target_weights, alpha, temperature, softcap)
+    n = 3 * ROW if row else N
+    hidden, weight, y, teacher = loss_inputs(alpha, n, len(target_weights))
+    spec = spec_of(target_weights, alpha, temperature, softcap, n, row)
     results = []
     for scale in (0.0, 1000.0):
         padding = scale * randn(PADDED - VOCAB, D, seed=6)
@@ -158,7 +278,7 @@ def test_padding_never_receives_probability(softcap, alpha, temperature, target_
         sums, *gradients = loss_chunk(hidden, weight, y, teacher, spec)
         assert not gradients[1][VOCAB:].any()
         results.append([*sums.values(), *gradients,
-                        target_logprobs(hidden, weight, y[:, 0], softcap, VOCAB)])
+                        target_logprobs(hidden, weight, y[:, 0], spec.config)])
     for before, after in zip(*results):
         assert torch.equal(before, after)
 
@@ -179,10 +299,12 @@ def test_a_target_that_is_not_counted_changes_nothing(target_weights):
     assert not whole[1][~keep].any()
 
 
-def test_a_chunk_without_targets_is_zero():
-    hidden, weight, _, teacher = loss_inputs(0.5)
-    none = torch.full((N, 1), -1)
-    sums, *gradients = loss_chunk(hidden, weight, none, teacher, spec_of(alpha=0.5))
+@pytest.mark.parametrize("n, row", [(N, 0), (3 * ROW, ROW)])
+def test_a_chunk_without_targets_is_zero(n, row):
+    hidden, weight, _, teacher = loss_inputs(0.5, n)
+    none = torch.full((n, 1), -1)
+    spec = spec_of(alpha=0.5, chunk=n, row=row)
+    sums, *gradients = loss_chunk(hidden, weight, none, teacher, spec)
     assert not any(x.any() for x in (*sums.values(), *gradients))
 
 
@@ -232,15 +354,16 @@ def test_add_sums_adds_by_name_and_leaves_the_parts_alone():
     assert first["a"].tolist() == second["a"].tolist() == [1, 1]
 
 
-def test_a_chunk_is_one_graph_whatever_the_weights_of_targets_are():
+@pytest.mark.parametrize("n, row", [(N, 0), (3 * ROW, ROW)])
+def test_a_chunk_is_one_graph_whatever_the_weights_of_targets_are(n, row):
     """They are a tensor, as they change at every step; alpha is one of two numbers."""
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(loss_chunk, dynamic=False, backend=counter, fullgraph=True)
     for graphs, alpha in enumerate((0.0, 0.5), 1):
-        arguments = loss_inputs(alpha, targets=3)
+        arguments = loss_inputs(alpha, n, 3)
         for later in (0.5, 0.25):
-            spec = spec_of((1.0, later, later), alpha, 2.0, 5.0)
+            spec = spec_of((1.0, later, later), alpha, 2.0, 5.0, n, row)
             sums, *gradients = compiled(*arguments, spec)
             expected_sums, *expected = loss_chunk(*arguments, spec)
             assert sums == expected_sums
@@ -250,9 +373,10 @@ def test_a_chunk_is_one_graph_whatever_the_weights_of_targets_are():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 @needs_compiler
-def test_compiled_loss_chunk_equals_eager():
-    hidden, weight, y, teacher = loss_inputs(0.5, targets=3, dtype=torch.float32)
-    spec = spec_of(TARGET_WEIGHTS[-1], 0.5, 2.0, 5.0)
+@pytest.mark.parametrize("n, row", [(N, 0), (3 * ROW, ROW)])
+def test_compiled_loss_chunk_equals_eager(n, row):
+    hidden, weight, y, teacher = loss_inputs(0.5, n, 3, torch.float32)
+    spec = spec_of(TARGET_WEIGHTS[-1], 0.5, 2.0, 5.0, n, row)
     spec = spec._replace(target_weights=spec.target_weights.float())
     torch._dynamo.reset()
     compiled = torch.compile(loss_chunk, dynamic=False)(hidden, weight, y, teacher, spec)

@@ -14,19 +14,22 @@ import torch
 from safetensors.torch import load_file
 
 import train_gpt
-from helpers import (TECHNIQUES, as_array, clean_environment, randn, randomize, relative_error,
-                     small_config, torchrun, weights_after_three_steps)
-from train_gpt import (GPT, TRACKS, MuonAdamW, ParameterRow, Rates, Runtime, adamw_state,
+from helpers import (BOS, TECHNIQUES, as_array, clean_environment, randn, randomize,
+                     relative_error, small_config, small_tables, torchrun,
+                     weights_after_three_steps)
+from train_gpt import (ADAM_EPS, GPT, TRACKS, MuonAdamW, ParameterRow, Rates, Runtime, adamw_state,
                        adamw_update, find_row, make_config, muon_state, muon_update,
-                       parameter_table, polar_express)
+                       parameter_table, polar_express, spelled_state, spelled_update)
 
 FLOAT64 = Runtime(dtype=torch.float64)
+SPELLED = ("wte.weight", "head.weight")
 
 
 # ==== The table of parameters ===================================================================
 @pytest.mark.parametrize("track", TRACKS)
-@pytest.mark.parametrize("changes", [dict(), dict(TECHNIQUES), dict(TECHNIQUES, gate_lr=0)],
-                         ids=["as it is", "all", "all, gates by Muon"])
+@pytest.mark.parametrize("changes", [
+    dict(), dict(TECHNIQUES), dict(TECHNIQUES, gate_lr=0), dict(TECHNIQUES, spelling=True)],
+    ids=["as it is", "all", "all, gates by Muon", "all, with spelling"])
 def test_every_parameter_of_every_track_is_in_one_row(track, changes):
     config = make_config(track, preset="toy", **changes)
     table = parameter_table(config)
@@ -35,6 +38,7 @@ def test_every_parameter_of_every_track_is_in_one_row(track, changes):
     for name, p in model.named_parameters():
         row = find_row(table, name)
         assert row.optimizer == "adamw" or p.ndim == 2, name
+        assert (row.optimizer == "spelled") == (config.spelling and name in SPELLED), name
 
 
 def test_a_parameter_in_no_row_or_in_two_is_an_error():
@@ -55,24 +59,27 @@ def settings_of(name, gates_by_muon=False):
     """Learning rate, decays or not, betas (None: Muon) of a parameter with RATES."""
     last = re.sub(r"^.*attn\.", "", name)
     if last == "gate.weight" and not gates_by_muon:
-        return 0.19, False, (0.7, 0.99)
+        return 0.19, False, (0.9, 0.99)
     return {"wte.weight": (0.11, True, (0.8, 0.95)), "head.weight": (0.07, True, (0.8, 0.95)),
             "resid_lambdas": (0.17, False, (0.8, 0.95)),
             "skip_lambdas": (0.17, False, (0.8, 0.95)),
-            "x0_lambdas": (0.13, False, (0.96, 0.95)), "xsa": (0.23, False, (0.9, 0.95)),
-            "mix": (0.29, False, (0.8, 0.95))}.get(last, (0.05, True, None))
+            "x0_lambdas": (0.13, False, (0.96, 0.95)), "xsa": (0.2, False, (0.9, 0.95)),
+            "mix": (0.02, False, (0.8, 0.95))}.get(last, (0.05, True, None))
 
 
-@pytest.mark.parametrize("gates_by_muon", [False, True])
-def test_rows_have_the_rates_of_their_fields(gates_by_muon):
-    config = small_config(**{**TECHNIQUES, **(dict(gate_lr=0) if gates_by_muon else {})})
+@pytest.mark.parametrize("gates_by_muon, spelling", [(False, False), (True, False), (False, True)])
+def test_rows_have_the_rates_of_their_fields(gates_by_muon, spelling):
+    config = small_config(**{**TECHNIQUES, **(dict(gate_lr=0) if gates_by_muon else {}),
+                             "spelling": spelling})
     table = parameter_table(config)
     for name, _ in GPT(config).named_parameters():
         row = find_row(table, name)
         lr, decays, betas = settings_of(name, gates_by_muon)
         assert (row.lr, row.weight_decay) == (lr, 1.3 * decays), name
-        assert row.optimizer == ("adamw" if betas else "muon"), name
+        adamw = "spelled" if spelling and name in SPELLED else "adamw"
+        assert row.optimizer == (adamw if betas else "muon"), name
         assert row.betas == (betas or ()), name
+        assert row.shared_lr == {"wte.weight": 0.22, "head.weight": 0.03}.get(name, 0), name
 
 
 # ==== Polar Express =============================================================================
@@ -179,6 +186,12 @@ MUON = {
 }
 
 
+def rates_of(lr, wd, step, **changes):
+    """Rates with `changes`; what is not among them is not used."""
+    rest = dict.fromkeys(("shared_lr", "momentum", "betas", "config", "dtype", "features"))
+    return Rates(lr=lr, weight_decay=wd, step=step, **rest | changes)
+
+
 def run_muon(shape, wd, changes, dtype=torch.float64):
     """Three matrices through muon_update and NumpyMuon; yields (ours, reference) a step."""
     p = randn(3, *shape, seed=1)
@@ -187,7 +200,8 @@ def run_muon(shape, wd, changes, dtype=torch.float64):
     scale = torch.logspace(-2, 2, 3, dtype=torch.float64)[:, None, None]    # they must not mix
     for step, momentum in enumerate((0.85, 0.9, 0.95, 0.95), 1):
         g = scale * randn(3, *shape, seed=10 + step)
-        rates = Rates(0.05, wd, step, momentum, (), small_config(**changes), dtype)
+        rates = rates_of(0.05, wd, step, momentum=momentum, config=small_config(**changes),
+                         dtype=dtype)
         muon_update(p, g.clone(), state, rates)
         for reference, matrix in zip(references, g.numpy()):
             reference.step(matrix, 0.05, wd, momentum)
@@ -213,23 +227,87 @@ def test_muon_update_in_bfloat16_is_close():
 def test_muon_update_without_gradient_stands_still():
     p = randn(2, 6, 4, dtype=torch.float32)
     before = p.clone()
-    rates = Rates(0.1, 0.0, 1, 0.95, (), small_config(**MUON["all"]), torch.float32)
+    rates = rates_of(0.1, 0.0, 1, momentum=0.95, config=small_config(**MUON["all"]),
+                     dtype=torch.float32)
     muon_update(p, torch.zeros_like(p), muon_state(p), rates)
     assert torch.equal(p, before)
 
 
 @pytest.mark.parametrize("wd, betas", [(1.3, (0.8, 0.95)), (0.0, (0.96, 0.95)),
                                        (0.1, (0.9, 0.99))])
-def test_adamw_update_against_numpy(wd, betas):
+def test_adamw_update_against_numpy(wd, betas, monkeypatch):
     p = randn(7, 5)
     state = adamw_state(p)
     reference = NumpyAdamW(p.numpy(), *betas, eps=1e-3)
+    monkeypatch.setattr(train_gpt, "ADAM_EPS", 1e-3)
     for step in range(1, 6):
         g = randn(7, 5, seed=step) * (step != 3)        # one without gradient
-        rates = Rates(0.04, wd, step, 0.0, betas, small_config(adam_eps=1e-3), torch.float64)
-        adamw_update(p, g.clone(), state, rates)
+        adamw_update(p, g.clone(), state, rates_of(0.04, wd, step, betas=betas))
         reference.step(g.numpy(), 0.04, wd)
         assert relative_error(p, reference.w) < 1e-12
+
+
+class SlowSpelled:
+    """AdamW for rows w of tokens, and for a row of each feature that tokens have, from nothing.
+
+    A feature's gradient is the sum of its tokens' gradients, each times the part that the token
+    has of it, and the tokens take the same parts of its update.
+    """
+
+    def __init__(self, w, tables, beta1, beta2, eps):
+        self.rows = NumpyAdamW(w, beta1, beta2, eps)
+        self.parts = {}             # of each feature: {token: part}
+        for features, weights in zip(tables["features"], tables["weights"][:, :, 0]):
+            for token in np.flatnonzero(weights):
+                self.parts.setdefault(features[token], {})[token] = float(weights[token])
+        self.shared = {feature: NumpyAdamW(np.zeros(w.shape[1]), beta1, beta2, eps)
+                       for feature in self.parts}
+
+    @property
+    def w(self):
+        return self.rows.w
+
+    def step(self, g, lr, wd, shared_lr):
+        self.rows.step(g, lr, wd)
+        for feature, parts in self.parts.items():
+            row = self.shared[feature]
+            before = row.w
+            row.step(sum(part * g[token] for token, part in parts.items()), shared_lr, 0)
+            for token, part in parts.items():
+                self.w[token] += part * (row.w - before)
+
+
+@pytest.mark.parametrize("wd, betas", [(1.3, (0.8, 0.95)), (0.0, (0.9, 0.99))])
+def test_spelled_update_against_slow_reference(wd, betas, monkeypatch):
+    """Also where rows have no gradient: their like have one. BOS and the padding have no like."""
+    p = randn(128, 5)
+    state, tables = spelled_state(p), small_tables()
+    reference = SlowSpelled(p.numpy(), tables, *betas, eps=1e-3)
+    features = [torch.from_numpy(tables[name]) for name in ("features", "weights")]
+    monkeypatch.setattr(train_gpt, "ADAM_EPS", 1e-3)
+    for step in range(1, 5):
+        g = randn(128, 5, seed=step)
+        g[::3] = 0
+        before = p.clone()
+        rates = rates_of(0.04, wd, step, shared_lr=0.07, betas=betas, features=features)
+        spelled_update(p, g.clone(), state, rates)
+        reference.step(g.numpy(), 0.04, wd, 0.07)
+        assert relative_error(p, reference.w) < 1e-11
+        if step == 1:               # without a gradient nothing else would move a row but decay
+            moved = (p - before * (1 - 0.04 * wd))[::3].abs().amax(dim=1) > 1e-6
+            assert torch.equal(moved, torch.arange(0, 128, 3) < BOS)
+
+
+def test_spelled_update_at_a_shared_rate_of_zero_is_adamw():
+    p, tables = randn(128, 5), small_tables()
+    alone, state, alone_state = p.clone(), spelled_state(p), adamw_state(p)
+    features = [torch.from_numpy(tables[name]) for name in ("features", "weights")]
+    for step in range(1, 4):
+        g = randn(128, 5, seed=step)
+        rates = rates_of(0.04, 1.3, step, shared_lr=0.0, betas=(0.8, 0.95), features=features)
+        spelled_update(p, g.clone(), state, rates)
+        adamw_update(alone, g.clone(), alone_state, rates)
+        assert torch.equal(p, alone)
 
 
 @pytest.mark.parametrize("shape, second", [((3, 8, 5), (3, 8, 1)), ((3, 5, 8), (3, 1, 8)),
@@ -237,12 +315,16 @@ def test_adamw_update_against_numpy(wd, betas):
 def test_states_have_a_first_dimension_of_matrices(shape, second):
     """By it a state is cut into those of the parameters. All begin at 0."""
     p = randn(*shape)
-    muon, adamw = muon_state(p), adamw_state(p[0])
+    muon, adamw, spelled = muon_state(p), adamw_state(p[0]), spelled_state(p[0])
     assert {name: tuple(x.shape) for name, x in muon.items()} == {
         "momentum": shape, "second_moment": second}
     assert {name: tuple(x.shape) for name, x in adamw.items()} == {
         "first_moment": shape[1:], "second_moment": shape[1:]}
-    assert not any(x.any() for x in (*muon.values(), *adamw.values()))
+    assert {name: tuple(x.shape) for name, x in spelled.items()} == dict.fromkeys((
+        "first_moment", "second_moment", "shared_first_moment", "shared_second_moment"), shape[1:])
+    states = (*muon.values(), *adamw.values(), *spelled.values())
+    assert not any(x.any() for x in states)
+    assert len({x.data_ptr() for x in states}) == len(states)       # none is another's
 
 
 # ==== The optimizer of a model ==================================================================
@@ -251,25 +333,31 @@ def set_gradients(model, step=1):
         p.grad = (i + 1) * randn(*p.shape, seed=100 * step + i, dtype=p.dtype)
 
 
-@pytest.mark.parametrize("gates_by_muon", [False, True])
-def test_optimizer_equals_the_updates_by_hand(gates_by_muon):
-    """Parameter by parameter, three steps: stacking does not mix them, rates are by step."""
+@pytest.mark.parametrize("gates_by_muon, spelling", [(False, False), (True, False), (False, True)])
+def test_optimizer_equals_the_updates_by_hand(gates_by_muon, spelling):
+    """Parameter by parameter, three steps: stacking does not mix them, rates are by step. Without
+    spelling no token learns from another, whatever is known of them."""
     config = small_config(**{**TECHNIQUES, **MUON["all"],
-                             **(dict(gate_lr=0) if gates_by_muon else {})})
+                             **(dict(gate_lr=0) if gates_by_muon else {}), "spelling": spelling})
     model = randomize(GPT(config)).double()
     references = {}
     for name, p in model.named_parameters():
         betas = settings_of(name, gates_by_muon)[2]
-        references[name] = (NumpyAdamW(as_array(p), *betas, 1e-9) if betas
+        references[name] = (NumpyAdamW(as_array(p), *betas, ADAM_EPS) if betas
                             else NumpyMuon(as_array(p), **MUON["all"]))
-    optimizer = MuonAdamW(model.named_parameters(), config, FLOAT64)
+        if spelling and name in SPELLED:
+            references[name] = SlowSpelled(as_array(p), small_tables(), *betas, ADAM_EPS)
+    optimizer = MuonAdamW(model.named_parameters(), config, FLOAT64, small_tables())
     schedule = [(0.7, 1.5, 0.8), (0.4, 0.5, None), (1.0, 0.0, 0.95)]
     for step, (lr_multiplier, wd_multiplier, momentum) in enumerate(schedule, 1):
         set_gradients(model, step)
         for name, p in model.named_parameters():
             lr, decays, betas = settings_of(name, gates_by_muon)
             rates = lr * lr_multiplier, 1.3 * decays * wd_multiplier
-            references[name].step(as_array(p.grad), *rates, *([] if betas else [momentum or 0.9]))
+            more = [] if betas else [momentum or 0.9]
+            if spelling and name in SPELLED:
+                more = [{"wte.weight": 0.22, "head.weight": 0.03}[name] * lr_multiplier]
+            references[name].step(as_array(p.grad), *rates, *more)
         optimizer.step(lr_multiplier, wd_multiplier, momentum)
         assert optimizer.steps == step
         for name, p in model.named_parameters():

@@ -7,9 +7,12 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+import _runs
+import bench
 import helpers
 import plan
 from helpers import python, random_tokens
@@ -35,6 +38,11 @@ CASES = {
     "recurrence, XSA, meta": ("tiny", dict(meta_lr=0.5, meta_rows=2), "loss"),
     "vocabulary": ("mini", dict(vocab_size=20_000, loss_chunk=64), "loss"),
     "vocabulary, teacher": ("mini", dict(vocab_size=20_000, loss_chunk=64, kd_alpha=0.5), "loss"),
+    "memory of the row": ("mini", dict(row_memory=True), "loss"),
+    "memory of the row, teacher": ("mini", dict(row_memory=True, kd_alpha=0.5, loss_chunk=512),
+                                   "loss"),
+    "spelling": ("mini", dict(vocab_size=20_000, loss_chunk=128, batch_rows=4, spelling=True),
+                 "loss"),
     "weights": ("mini", dict(model_dim=384, seq_len=32, batch_rows=2), "optimizer"),
     "weights, meta": ("limited", dict(model_dim=256, vocab_size=200, seq_len=16, batch_rows=8,
                                       meta_lr=0.5, meta_rows=2), "optimizer"),
@@ -66,14 +74,16 @@ def allocated(work):
 
 def measured(config):
     """Bytes of tensors at most in (gradients, optimizer.step) of a real step."""
-    trainer = Trainer(config, start_runtime(config))
+    tables = bench.random_tables(config, config.vocab_size - 1, np.random.default_rng(1))
+    trainer = Trainer(config, start_runtime(config), tables)
     trainer.start_member(1, 1)
     if trainer.teacher is not None:
         trainer.teacher.load_state_dict(trainer.model.state_dict())
     tokens = random_tokens(config, config.batch_rows, config.seq_len + 1)
     inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:].clone()
     held = [*trainer.model.parameters(), *(trainer.teacher.parameters() if trainer.teacher else ()),
-            *(part for group in trainer.optimizer.groups for part in group.state.values())]
+            *(part for group in trainer.optimizer.groups for part in group.state.values()),
+            *trainer.optimizer.features]
     progress = trainer.stages[-1].start
     peak, left = allocated(
         lambda: trainer.gradients(inputs, targets, progress, bool(config.kd_alpha)))
@@ -150,8 +160,7 @@ def test_files_are_as_large_as_said(average, tmp_path):
     weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
     scored, _ = plan.scored_tokens(config)
     means = weights if average == "weights" else {"val": torch.zeros(scored, dtype=torch.float64)}
-    member = SimpleNamespace(average=means, counters=(), recent={}, start=0.0,
-                             check_finite=lambda *_: None)
+    member = SimpleNamespace(average=means, counters=(), start=0.0, check_finite=lambda *_: None)
     tensors, facts = collect_state(trainer, member)
     state, finished = tmp_path / "state.safetensors", tmp_path / "001.safetensors"
     write_tensors(state, tensors, facts)
@@ -185,7 +194,7 @@ def test_limited_on_its_public_hardware():
 def test_kinds_of_members_are_told_apart():
     out = said("--track=unlimited", "--gpu=H200")
     counts = re.findall(r"^members +(\d+) (with|without) teacher: ([\d,]+) steps", out, re.M)
-    assert counts == [("8", "without", "508"), ("40", "with", "508"), ("48", "with", "381")]
+    assert counts == [("8", "without", "381"), ("88", "with", "381")]
     total, = re.findall(r"^run +(\S+) FLOPs", out, re.M)
     each = re.findall(r"\), (\S+) FLOPs", out)
     assert sum(int(count) * float(flops) for (count, *_), flops in zip(counts, each)) == (

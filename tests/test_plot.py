@@ -16,16 +16,17 @@ import pytest
 import torch
 
 import _runs
+import mix
 import plot
-from helpers import make_dataset, train
-from train_gpt import equivalent_tokens, load_dataset
+from helpers import logits_of, make_dataset, train
+from train_gpt import equivalent_tokens, load_dataset, write_json
 
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure  # noqa: E402
 
 # of the toy runs, whose val loss is between 3 and 5
 BASELINE = {"one_epoch": [[1_000, 9.0], [2_000, 5.0], [1_000_000, 2.0], [3_000_000, 1.0]],
-            "tuned": [[1_000, 8.0], [50_000, 1.5]]}
+            "tuned": [[1_000, 8.0], [50_000, 1.5]], "single": [[2_000, 7.0], [50_000, 1.7]]}
 RANDOM = ["--vocab_size=100", "--seq_len=16", "--model_dim=32", "--selection_tokens=300",
           "--num_layers=1", "--train_tokens=3000", "--eval_tokens=0", "--batch_rows=16"]
 
@@ -71,19 +72,19 @@ def complaint(*arguments):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Real runs on random text with a baseline: one member, three members, two with n-grams."""
+    """Real runs on random text with a baseline: one member, three members, two that remember their
+    rows; and the mixture of these and an n-gram, which has no weights of its own."""
     data = make_dataset(tmp_path_factory.mktemp("data"), documents=(100, 8, 8))
     meta = json.loads((data / "meta.json").read_text())
     (data / "meta.json").write_text(json.dumps({**meta, "baseline": BASELINE}))
     folder = tmp_path_factory.mktemp("runs")
     shared = ["--track=cpu", *RANDOM, f"--dataset={data}", "--num_epochs=2"]
     return SimpleNamespace(
-        one=train(folder, *shared, "--num_models=1", "--ngram_order=0",
-                  "--final_mixture=uniform"),
-        three=train(folder, *shared, "--num_models=3", "--ngram_order=0", "--seed=2",
+        one=train(folder, *shared, "--num_models=1", "--final_mixture=uniform"),
+        three=train(folder, *shared, "--num_models=3", "--seed=2",
                     "--final_mixture=learned", "--num_epochs=1"),
-        ngram=train(folder, *shared, "--num_models=2", "--ngram_order=3", "--seed=3",
-                    "--final_mixture=ngram", "--num_epochs=1"))
+        memory=train(folder, *shared, "--num_models=2", "--row_memory=true", "--seed=3",
+                     "--final_mixture=learned", "--num_epochs=1"))
 
 
 @pytest.fixture
@@ -220,22 +221,27 @@ def test_three_members_have_no_gradient_but_an_ensemble(of_three):
     assert_legible(of_three)
 
 
-def test_mixture_with_others(runs, copy):
-    folder = copy(runs.ngram)
+def test_mixture_with_an_ngram(runs, tmp_path):
+    """That tools/mix.py makes, of all members alone."""
+    folder = tmp_path / "mix"
+    result = mix.mix([runs.memory.folder], final_mixture="ngram", ngram_order=3)
+    write_json(folder / "result.json", result)
     figure = drawn(folder / "plot.png", folder, "--tokens=0")
     axes = panel(figure, "Ensemble of the first n")
-    assert curve(axes, "mixture: with ngram (declared)") == (
-        [1.0, 2.0], [p["val_loss_ngram"] for p in runs.ngram.result["ensemble"]])
+    assert curve(axes, "mixture: with n-gram (declared)") == ([2.0], [result["val_loss"]])
+    assert curve(axes, "mixture: learned")[1] == [
+        p["val_loss_learned"] for p in runs.memory.result["ensemble"]]
     assert len(axes.lines) == 4
     assert "Calibration on val" not in titles(figure)       # --tokens=0
     assert_legible(figure)
 
 
-def test_baselines_with_the_point_and_both_multiples(of_one, runs):
+def test_baselines_with_the_point_and_all_multiples(of_one, runs):
     axes, result = panel(of_one, "Data efficiency"), runs.one.result
     loss, tokens = result["val_loss"], result["train_tokens"]
     assert 2 < loss < 5
-    for kind, label in (("one_epoch", "plain model, one epoch"), ("tuned", "plain model, tuned")):
+    for kind, label in (("one_epoch", "plain model, one epoch"), ("tuned", "plain model, tuned"),
+                        ("single", "one such member, tuned")):
         assert curve(axes, label) == tuple(map(list, zip(*BASELINE[kind])))
     assert curve(axes, f"this run: {loss:.4f}") == ([float(tokens)], [loss])
     there = {kind: float(np.interp(-loss, [-y for _, y in BASELINE[kind]],
@@ -243,7 +249,7 @@ def test_baselines_with_the_point_and_both_multiples(of_one, runs):
     written = {text.get_text(): text.xy for text in axes.texts if text.get_text()}
     assert written == {f"{round(there[kind] / tokens, 2)}x": (there[kind], loss)
                        for kind in BASELINE}
-    assert len(written) == 2
+    assert len(written) == 3
     arrows = [(text.xy, text.xyann) for text in axes.texts if not text.get_text()]
     assert sorted(arrows) == sorted(((x, loss), (tokens, loss)) for x in there.values())
     assert axes.get_xlabel() == "training tokens" and axes.get_xscale() == "log"
@@ -283,7 +289,7 @@ def test_tokens_as_text(count, text):
 # ==== Several runs, unfinished ones, mixes ======================================================
 def test_several_runs_in_one_picture(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    three = (runs.one, runs.three, runs.ngram)
+    three = (runs.one, runs.three, runs.memory)
     _, out, err, (figure,) = tool(*(run.folder for run in three), "--tokens=200")
     assert (out, err) == ("plot.png\n", "") and (tmp_path / "plot.png").exists()
     assert figure.get_suptitle() == "3 runs"
@@ -296,7 +302,7 @@ def test_several_runs_in_one_picture(runs, tmp_path, monkeypatch):
     assert [text.get_text() for text in axes.get_legend().get_texts()] == names
 
     axes = panel(figure, "Ensemble of the first n, as declared")
-    keys = ("val_loss", "val_loss_learned", "val_loss_ngram")
+    keys = ("val_loss", "val_loss_learned", "val_loss_learned")
     for run, key in zip(three, keys):
         found = [point[key] for point in run.result["ensemble"]]
         assert curve(axes, run.folder.name) == ([*range(1, 1 + len(found))], found)
@@ -304,7 +310,7 @@ def test_several_runs_in_one_picture(runs, tmp_path, monkeypatch):
     axes = panel(figure, "Data efficiency")
     for run in three:
         result, times = run.result, run.result["data_efficiency"]
-        label = f"{run.folder.name}: {times['one_epoch']}x, {times['tuned']}x"
+        label = f"{run.folder.name}: " + ", ".join(f"{times[kind]}x" for kind in BASELINE)
         assert curve(axes, label) == ([result["train_tokens"]], [result["val_loss"]])
 
     labels = [label for label, _, _ in curves(panel(figure, "Calibration on val"))]
@@ -363,13 +369,13 @@ def test_a_run_looks_the_same_in_all_panels(runs, copy, tmp_path):
     folder = copy(runs.one)
     (folder / "result.json").unlink()
     path = tmp_path / "x.png"
-    figure = drawn(path, folder, runs.three.folder, runs.ngram.folder, f"--out={path}",
+    figure = drawn(path, folder, runs.three.folder, runs.memory.folder, f"--out={path}",
                    "--tokens=100")
     looks = {}
     for axes in figure.axes:
         for line in axes.lines:
             name = line.get_label().partition(":")[0]
-            if name in (runs.three.folder.name, runs.ngram.folder.name):
+            if name in (runs.three.folder.name, runs.memory.folder.name):
                 looks.setdefault(name, set()).add((line.get_color(), line.get_marker()))
     assert [len(found) for found in looks.values()] == [1, 1]
 
@@ -463,22 +469,28 @@ def slow_confidences(run, tokens):
     for row in range(min(tokens, len(stream) - 1) // config.seq_len):
         inputs = stream[row * config.seq_len:(row + 1) * config.seq_len]
         with torch.no_grad():
-            logits = [model.logits(model(torch.tensor([inputs])))[0].double().numpy()
-                      for model in models]
+            hidden = [model(torch.tensor([inputs])) for model in models]
+            logits = [logits_of(model, h)[0].double().numpy() for model, h in zip(models, hidden)]
         for t in range(len(inputs)):
             target = stream[row * config.seq_len + t + 1]
-            each = [np.exp(z[t] - z[t].max()) / np.exp(z[t] - z[t].max()).sum() for z in logits]
+            each = [np.exp(z[t]) for z in logits]
+            for i in range(t if config.row_memory else 0):
+                for p, h in zip(each, hidden):
+                    p[inputs[i + 1]] += math.exp(h[0, t] @ h[0, i] / config.model_dim ** 0.5)
+            each = [p / p.sum() for p in each]
             for name, p in (("member 1", each[0]), ("ensemble", sum(each) / len(each))):
                 found[name].append((p.max(), p.argmax() == target))
     return found
 
 
-def test_confidences_are_those_of_the_model(runs):
-    run = plot.read_curves(runs.three.folder)
+@pytest.mark.parametrize("name", ["three", "memory"])
+def test_confidences_are_those_of_the_model(name, runs):
+    trained = getattr(runs, name)
+    run = plot.read_curves(trained.folder)
     notes = []
     confidence, correct = plot.confidences(run, 150, notes)
     assert notes == [] and list(confidence) == ["member 1", "ensemble"]
-    for name, pairs in slow_confidences(runs.three, 150).items():
+    for name, pairs in slow_confidences(trained, 150).items():
         assert len(confidence[name]) == len(correct[name]) == len(pairs) == 144    # whole rows
         assert confidence[name] == pytest.approx([p for p, _ in pairs], rel=1e-4)
         assert list(correct[name]) == [right for _, right in pairs]

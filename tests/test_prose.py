@@ -15,7 +15,8 @@ import tiktoken
 import prose
 from helpers import ROOT, clean_environment, python
 from shards import read_shard
-from train_gpt import load_dataset, make_config, read_ranks
+from token_tables import read_ranks, write_token_tables
+from train_gpt import load_dataset, make_config, read_token_tables
 
 FOLDER = ROOT / "data/prose"
 META = json.loads((FOLDER / "meta.json").read_text(encoding="utf-8"))
@@ -24,7 +25,7 @@ SPLITS = ["train_000000", "val_000000", "holdout_000000"]
 
 @pytest.fixture(scope="module")
 def encoding():
-    ranks = {text: token for token, text in read_ranks(FOLDER, META)[0].items()}
+    ranks = {text: token for token, text in read_ranks(FOLDER / META["ranks"]).items()}
     return tiktoken.Encoding(META["tokenizer"], pat_str=META["pattern"], mergeable_ranks=ranks,
                              special_tokens={META["bos_text"]: META["bos_id"]})
 
@@ -46,7 +47,8 @@ def documents(encoding):
 # ==== The files =================================================================================
 def test_folder_is_small_and_complete():
     files = sorted(path.name for path in FOLDER.iterdir())
-    assert files == ["meta.json", *sorted(f"prose_{key}.bin" for key in SPLITS), "ranks.tiktoken"]
+    assert files == ["meta.json", *sorted(f"prose_{key}.bin" for key in SPLITS), "ranks.tiktoken",
+                     "tokens.npz"]
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 4e6
 
 
@@ -77,6 +79,28 @@ def test_vocabulary_is_bytes_then_merges_of_earlier_tokens(encoding):
         earlier = set(tokens[:rank])
         assert any(token[:i] in earlier and token[i:] in earlier for i in range(1, len(token)))
     assert encoding.encode("é<|endoftext|>", allowed_special="all")[-1] == 2047
+
+
+def test_tables_of_tokens_are_those_of_the_ranks(documents, tmp_path):
+    """Which data/token_tables.py makes of them; texts have as many bytes as their tokens."""
+    tables, hashes = read_token_tables(FOLDER, make_config("cpu"))
+    written = (FOLDER / "tokens.npz").read_bytes()
+    assert hashes == {"tokens.npz": hashlib.sha256(written).hexdigest()}
+    ranks = read_ranks(FOLDER / META["ranks"])
+    assert tables["bytes"].tolist() == [len(ranks[token]) for token in range(2047)] + [0]
+    for key in SPLITS:
+        for tokens, text in documents[key]:
+            assert tables["bytes"][tokens].sum() == len(text.encode())
+    merged = np.flatnonzero(tables["pairs"][:, 0] >= 0)
+    assert merged.tolist() == list(range(256, 2047))        # and not the bytes, nor BOS
+    for token in merged:
+        a, b = tables["pairs"][token]
+        assert ranks[a] + ranks[b] == ranks[token] and max(a, b) < token
+    write_token_tables(tmp_path, ranks, 2048, 2047)
+    again, _ = read_token_tables(tmp_path, make_config("cpu"))
+    assert again.keys() == tables.keys() == {"bytes", "pairs", "features", "weights"}
+    for name in tables:
+        assert np.array_equal(again[name], tables[name]) and again[name].dtype == tables[name].dtype
 
 
 def test_meta_names_every_archive_that_the_script_uses():
@@ -173,7 +197,7 @@ def test_building_writes_a_sound_dataset_and_keeps_its_baseline(tmp_path, monkey
     """The curves stay in meta.json when the shards come out the same, and only then."""
     out = tmp_path / "out"
     chapters = made_up_chapters()
-    ranks = {text: token for token, text in read_ranks(FOLDER, META)[0].items()}
+    ranks = {text: token for token, text in read_ranks(FOLDER / META["ranks"]).items()}
     monkeypatch.setattr(prose, "HELD_OUT_CHARS", sum(map(prose.length, chapters)) // 10)
     monkeypatch.setattr(prose, "unpack", lambda package, cache, folder: folder)
     monkeypatch.setattr(prose, "train_ranks", lambda texts: ranks)
@@ -185,8 +209,12 @@ def test_building_writes_a_sound_dataset_and_keeps_its_baseline(tmp_path, monkey
                          selection_tokens=0, final_mixture="uniform")
     data = load_dataset(out, config)
     assert data.val_bytes == entries["val_000000"]["text_bytes"]
-    token_bytes, sha256 = read_ranks(out, data.meta)
-    assert data.hashes["ranks"] == sha256 == data.meta["ranks_sha256"]
+    raw = (out / data.meta["ranks"]).read_bytes()
+    assert hashlib.sha256(raw).hexdigest() == data.meta["ranks_sha256"]
+    token_bytes = read_ranks(out / data.meta["ranks"])
+    assert data.tables["bytes"].tolist() == [len(token_bytes[i]) for i in range(2047)] + [0]
+    written = (out / "tokens.npz").read_bytes()
+    assert data.hashes["tokens.npz"] == hashlib.sha256(written).hexdigest()
     for split, documents in (("train", data.train), ("holdout", data.scored["holdout"])):
         texts = [b"".join(token_bytes[token] for token in document[1:].tolist()).decode()
                  for document in documents]

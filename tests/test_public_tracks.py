@@ -29,12 +29,12 @@ def teeth(first, epochs):
 
 SHARED = dict(
     train_tokens=100_000_000, selection_tokens=132_000, vocab_size=50257, seq_len=2048,
-    batch_rows=256, edge_batch_rows=0, num_models=1, num_layers=30, model_dim=1792, num_heads=14,
+    batch_rows=256, num_models=1, num_layers=30, model_dim=1792, num_heads=14,
     mlp_multiple=256, resid_init=1.0, x0_init=0.1, unet=True, value_projections=True,
     attn_gate=True, xsa=False, iha=True, window_pattern="SSSL", window_schedule=(), loop_start=15,
     loop_end=20, loop_count=3, recurrence_from=0.0, mtp_weight=0.3, lr_warmdown=0.2, lr_power=0.5,
     lr_floor=0.0, sawtooth_floor=0.05, weight_decay=1.3, matrix_lr=0.01, embed_lr=0.0375,
-    head_lr=0.0005, x0_lr=0.025, scalar_lr=0.00025, gate_lr=0.0, iha_lr=0.02, momentum=0.95,
+    head_lr=0.0005, x0_lr=0.025, scalar_lr=0.00025, gate_lr=0.0, momentum=0.95,
     momentum_start=0.85, momentum_steps=300)
 TRACKS = {
     "tiny": dict(
@@ -50,7 +50,7 @@ TRACKS = {
         window_schedule=((0, 0.125, 0.375), (6 / 22, 0.375, 0.875), (13 / 22, 0.625, 1)),
         wd_schedule=((0, 1), (0.4, 1), *teeth(14, 22))),
     "unlimited": dict(
-        num_epochs=2, num_models=96, edge_batch_rows=192, model_dim=2048, num_heads=16,
+        num_epochs=2, num_models=96, model_dim=2048, num_heads=16,
         loop_end=24, loop_count=5, loop_from_epoch=0, lr_warmdown=1.0, lr_power=1.0,
         lr_floor=0.08, sawtooth_epochs=0, wd_schedule=((0, 0.7), (1, 1)), momentum_start=0.95),
 }
@@ -330,22 +330,6 @@ def test_rates_of_limited(name, kind, rate, decay):
     assert (row.optimizer, row.lr, row.weight_decay) == (kind, rate, decay)
 
 
-def test_rows_a_step():
-    """Members of unlimited's outer quarters: 393,216 tokens a step; else 524,288."""
-    tokens = [CONFIGS["unlimited"].rows_of(member) * 2048 for member in range(1, 97)]
-    assert tokens == [393_216] * 24 + [524_288] * 48 + [393_216] * 24
-    for track in ("tiny", "limited", "two_hour"):
-        assert CONFIGS[track].rows_of(1) * 2048 == 524_288
-
-
-@pytest.mark.parametrize("models, edge, rows", [
-    (4, 6, [6, 8, 8, 6]), (8, 6, [6, 6, 8, 8, 8, 8, 6, 6]), (3, 6, [8, 8, 8]), (1, 6, [8]),
-    (4, 0, [8, 8, 8, 8])])
-def test_rows_of_outer_quarters(models, edge, rows):
-    config = replace(CONFIGS["limited"], num_models=models, batch_rows=8, edge_batch_rows=edge)
-    assert [config.rows_of(member) for member in range(1, models + 1)] == rows
-
-
 # ==== Whole runs on one and two processes =======================================================
 # The tracks as they are, small, without what is drawn at random within a step
 SMALL = ["--preset=toy", "--device=cpu", "--dtype=float32", "--train_tokens=4000",
@@ -354,8 +338,7 @@ SMALL = ["--preset=toy", "--device=cpu", "--dtype=float32", "--train_tokens=4000
          "--dropout=0", "--stochastic_depth=0", "--run_id=run"]
 RUNS = {
     "tiny": [], "limited": [], "two_hour": [],
-    "unlimited": ["--num_models=4", "--num_epochs=1", "--edge_batch_rows=6", "--kd_from=2",
-                  "--kd_alpha=0.45"],
+    "unlimited": ["--num_models=4", "--num_epochs=1", "--kd_from=2", "--kd_alpha=0.45"],
 }
 
 

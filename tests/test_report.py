@@ -2,8 +2,6 @@
 
     python -m pytest tests/test_report.py
 """
-import base64
-import hashlib
 import json
 import math
 import os
@@ -17,9 +15,9 @@ import torch
 import train_gpt
 from helpers import BOS, SCRIPT, make_dataset, random_trainer, small_config
 from train_gpt import (
-    TRACKS, Log, Member, UserError, announce, as_text, collect_state, data_efficiency,
-    equivalent_tokens, estimate, hardware_name, load_dataset, member_facts, minutes,
-    num_parameters, peak_flops, percent, read_ranks, restore_state, result_lines, summarize)
+    TRACKS, Log, Member, announce, as_text, collect_state, data_efficiency, equivalent_tokens,
+    estimate, hardware_name, load_dataset, member_facts, minutes, num_parameters, peak_flops,
+    percent, restore_state, result_lines, summarize)
 
 # ==== Data efficiency ===========================================================================
 PUBLIC = [[2e8, 3.703], [4e8, 3.370], [6e8, 3.200], [8e8, 3.123], [1e9, 3.046], [2e9, 2.892]]
@@ -30,7 +28,7 @@ PUBLIC = [[2e8, 3.703], [4e8, 3.370], [6e8, 3.200], [8e8, 3.123], [1e9, 3.046], 
     (3.370, 4.0), (3.703, 2.0), (2.892, 20.0)])
 def test_data_efficiency_of_the_public_results(loss, multiple):
     assert data_efficiency(loss, {"one_epoch": PUBLIC}, 1e8) == {
-        "one_epoch": multiple, "tuned": "n/a", "curve": {"one_epoch": PUBLIC}}
+        "one_epoch": multiple, "tuned": "n/a", "single": "n/a", "curve": {"one_epoch": PUBLIC}}
 
 
 def test_equivalent_tokens_by_hand():
@@ -61,54 +59,48 @@ def test_beyond_the_curve_nothing_is_extrapolated():
 @pytest.mark.parametrize("baseline", [None, {}, {"one_epoch": []}])
 def test_without_a_baseline_there_is_no_data_efficiency(baseline):
     assert data_efficiency(3.0, baseline, 1e8) == {
-        "one_epoch": "n/a", "tuned": "n/a", "curve": baseline}
+        "one_epoch": "n/a", "tuned": "n/a", "single": "n/a", "curve": baseline}
 
 
 # ==== The result ================================================================================
 CURVE = [{"n": 1, "val_loss": 3.25, "holdout_loss": 3.5, "val_loss_learned": 3.125,
-          "holdout_loss_learned": 3.0, "val_loss_ngram": 2.75, "holdout_loss_ngram": 2.5},
+          "holdout_loss_learned": 3.0},
          {"n": 2, "val_loss": 3.0, "holdout_loss": 3.375, "selection_loss": 3.125,
-          "val_loss_learned": 2.875, "holdout_loss_learned": 2.8125, "selection_loss_learned": 2.5,
-          "val_loss_ngram": 2.625, "holdout_loss_ngram": 2.375, "selection_loss_ngram": 2.25}]
+          "val_loss_learned": 2.875, "holdout_loss_learned": 2.8125, "selection_loss_learned": 2.5}]
 MEMBERS = [{"val_loss": 3.25}, {"val_loss": 3.0625}]
 
 
-def summary(mixture="ngram", val_bytes=16, curve=CURVE):
+def summary(mixture="learned", val_bytes=16, curve=CURVE):
     """A result with all that result_lines reads; 4 targets, of 5 tokens, are scored."""
     val = [np.array([BOS, 1, 2], np.uint16), np.array([BOS, 3], np.uint16)]
     data = SimpleNamespace(val_bytes=val_bytes, scored={"val": val}, meta={}, hashes={"f": "0"})
-    logp = np.log(np.array([0.5, 0.25, 0.25, 0.5]))
-    others = {"ngram": SimpleNamespace(logp={"val": logp, "holdout": logp[:2]})}
-    config = small_config(final_mixture=mixture, ngram_order=2)
-    result = summarize(config, data, MEMBERS, curve, others)
+    result = summarize(small_config(final_mixture=mixture), data, MEMBERS, curve)
     return result | {"train_seconds": 3725.9, "compile_seconds": 59.9, "eval_seconds": 0.0,
                      "wall_seconds": 3900.0, "over_time_limit": False, "mfu": 0.4321,
                      "tokens_per_second": 1234567.8, "peak_memory_bytes": 3 * 2 ** 30}
 
 
 @pytest.mark.parametrize("mixture, losses", [
-    ("uniform", (3.0, 3.375, 3.125)), ("learned", (2.875, 2.8125, 2.5)),
-    ("ngram", (2.625, 2.375, 2.25))])
+    ("uniform", (3.0, 3.375, 3.125)), ("learned", (2.875, 2.8125, 2.5))])
 def test_summary_has_the_declared_mixture_of_all_members(mixture, losses):
     result = summary(mixture)
     assert tuple(result[f"{split}_loss"] for split in ("val", "holdout", "selection")) == losses
     assert result["final_mixture"] == mixture
     assert result["val_bpb"] == pytest.approx(losses[0] / math.log(2) / 4)
-    assert result["others"]["ngram"] == {"val_loss": pytest.approx(1.5 * math.log(2)),
-                                         "holdout_loss": pytest.approx(1.5 * math.log(2))}
+    assert "others" not in result
     assert (result["members"], result["ensemble"]) == (MEMBERS, CURVE)
     assert summary(mixture, val_bytes=None)["val_bpb"] is None
 
 
 def test_result_lines_by_hand():
     assert result_lines(summary()) == [
-        " n    member  ensemble   learned   + ngram   holdout  (member n; ensembles of n)",
-        " 1    3.2500    3.2500    3.1250    2.7500    3.5000",
-        " 2    3.0625    3.0000    2.8750    2.6250    3.3750",
+        " n    member  ensemble   learned   holdout  (member n; ensembles of n)",
+        " 1    3.2500    3.2500    3.1250    3.5000",
+        " 2    3.0625    3.0000    2.8750    3.3750",
         "",
-        "result           val loss 2.6250 (ngram mixture), 0.9468 bits per byte, selection 2.2500,"
-        " holdout 2.3750",
-        "data efficiency  n/a against the one-epoch baseline, n/a against the tuned baseline",
+        "result           val loss 2.8750 (learned mixture), 1.0369 bits per byte, selection"
+        " 2.5000, holdout 2.8125",
+        "data efficiency  n/a",
         "time             train 62:05, compile 0:59, eval 0:00, wall 65:00",
         "speed            1,234,568 tokens/s, MFU 43.2%, peak memory 3,072 MiB"]
 
@@ -118,12 +110,12 @@ def test_result_lines_of_what_is_not_known():
     curve = [CURVE[0], {"n": 2, "val_loss": 3.0, "holdout_loss": 3.375}]
     result = summary("uniform", 0, curve) | {"mfu": None, "over_time_limit": True}
     lines = result_lines(result)
-    assert lines[2].split() == ["2", "3.0625", "3.0000", "nan", "nan", "3.3750"]
+    assert lines[2].split() == ["2", "3.0625", "3.0000", "nan", "3.3750"]
     assert "n/a bits per byte" in lines[4]
     assert lines[6].endswith("wall 65:00; OVER the track's time limit")
     assert "MFU n/a," in lines[7]
     result["ensemble"] = [{"n": 1, "val_loss": 3.0, "holdout_loss": 3.375}]
-    assert "learned" not in result_lines(result)[0] and "ngram" not in result_lines(result)[0]
+    assert "learned" not in result_lines(result)[0]
 
 
 @pytest.mark.parametrize("seconds, text", [
@@ -144,7 +136,7 @@ def test_a_run_that_goes_on_counts_its_seconds_on(monkeypatch):
     monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(torch._dynamo.utils, "calculate_time_spent",
                         lambda: {"total_wall_time": compiled[0]})
-    data = SimpleNamespace(train=[np.append(BOS, np.arange(50))] * 4, bos=BOS)
+    data = SimpleNamespace(train=[np.append(BOS, np.arange(50))] * 4, bos=BOS, tables={})
 
     def begin():
         trainer = random_trainer()
@@ -235,7 +227,7 @@ def small(tmp_path_factory):
     """(Config, Dataset): a small dataset, with 700 tokens of it in the budget."""
     dataset = make_dataset(tmp_path_factory.mktemp("data") / "small")
     config = small_config(dataset=str(dataset), train_tokens=700, selection_tokens=80,
-                          eval_tokens=0, kd_alpha=0.25, num_epochs=3, ngram_order=2)
+                          eval_tokens=0, kd_alpha=0.25, num_epochs=3)
     return config, load_dataset(dataset, config)
 
 
@@ -258,15 +250,14 @@ def test_plan_by_hand(small, tmp_path, capsys):
     announced(trainer, data, tmp_path / "run")
     lines = capsys.readouterr().out.splitlines()
     parameters = num_parameters(trainer.model)
-    blocks = num_parameters(trainer.model.blocks)
     flops, = set(trainer.flops.values())
     plan = [line for line in lines if not re.match("settings| {10}", line)]
     assert plan[:4] == [
         "track     cpu: 1 model(s) x 3 epochs",         # alone it has no teacher
         f"data      {config.dataset}: 600 tokens an epoch in 12 documents; selection 100,"
         " val 400, holdout 400",
-        f"model     {parameters / 1e6:.4g}M parameters, {blocks / 1e6:.4g}M of them in 4 blocks"
-        f" of width 48; {flops:.4g} FLOPs a token",
+        f"model     {parameters / 1e6:.4g}M parameters, 4 blocks of width 48; {flops:.4g} FLOPs a"
+        " token",
         "steps     38 a member, of 4 rows x 12 = 48 tokens; 1 process(es), micro-batches of"
         " 4 row(s)"]
     assert plan[4].startswith(f"machine   {hardware_name(torch.device('cpu'))}; torch ")
@@ -307,39 +298,20 @@ def test_plan_says_what_track_and_arguments_set(track, small, tmp_path, capsys):
     assert "".join("".join(told).split()) == "settings" + "".join(typed)
 
 
-def test_sources_are_logged_at_the_start_and_after_changes_only(small, tmp_path, capsys):
-    trainer = random_trainer(ngram_order=2)
+def test_the_source_is_logged_at_the_start_and_after_changes_only(small, tmp_path, capsys):
+    trainer = random_trainer()
     with open(SCRIPT, encoding="utf-8") as file:
         source = file.read()
     for name, had_run, changes, is_there in (
             ("first", False, [], True), ("again", True, [], False),
-            ("changed", True, ["changed   seed=2 (was 1)"], True)):
+            ("changed", True, ["seed=2 (was 1)"], True)):
         log = announced(trainer, small[1], tmp_path / name, had_run, changes)
         assert log.startswith(source) is is_there
         assert log.count(f"\n{'=' * 40} end of train_gpt.py\n") == is_there
-        assert log.count(f"\n{'=' * 40} end of data/ngram.py\n") == is_there
         console = capsys.readouterr().out
-        assert log.endswith(console) and all(line in console for line in changes)
+        assert log.endswith(console)
+        assert re.findall("^changed   (.*)$", console, re.M) == changes
         facts = dict(re.findall(r"^(\w+):(.*)$", log.removesuffix(console), re.M))
         assert json.loads(facts["overrides"]) == OVERRIDES
         assert json.loads(facts["data_sha256"]) == small[1].hashes
-        assert json.loads(facts["config"])["ngram_order"] == 2
-
-
-# ==== Ranks =====================================================================================
-@pytest.mark.parametrize("name, meta", [
-    ("ranks.tiktoken", {}), ("other", {"ranks": "other"})])
-def test_ranks_give_bytes(name, meta, tmp_path):
-    texts = {0: b"a", 7: b" b\n", 300: "é".encode()[:1]}
-    lines = [f"{base64.b64encode(text).decode()} {rank}\n" for rank, text in texts.items()]
-    (tmp_path / name).write_text("".join(lines))
-    sha256 = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
-    assert read_ranks(tmp_path, meta) == (texts, sha256)
-
-
-@pytest.mark.parametrize("text", [None, "YQ==", "YQ== 1 2", "YQ== one", "Y 1", "\n"])
-def test_ranks_that_cannot_be_read(text, tmp_path):
-    if text is not None:
-        (tmp_path / "ranks.tiktoken").write_text(text)
-    with pytest.raises(UserError, match="ranks.tiktoken: no ranks to decode tokens with"):
-        read_ranks(tmp_path, {})
+        assert json.loads(facts["config"])["seq_len"] == trainer.config.seq_len

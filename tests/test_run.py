@@ -21,23 +21,22 @@ import torch
 from safetensors.torch import load_file
 
 import train_gpt
-from data.ngram import PRIOR, NGram
 from helpers import (
-    ROOT, SCRIPT, TINY, TOY, VOCAB, clean_environment, last_of_each, losses, main, make_dataset,
-    python, read_run, saved_logps, torchrun, train)
+    ROOT, SCRIPT, TINY, TOY, VOCAB, clean_environment, last_of_each, logits_of, losses, main,
+    make_dataset, python, read_run, saved_logps, torchrun, train)
 from shards import read_shard
-from train_gpt import GPT, as_text, make_config
+from train_gpt import GPT, Log, as_text, make_config
 
 PROSE = ROOT / "data/prose"
 PROSE_BOS = 2047
-END_OF_SOURCE = re.compile(r"^={40} end of (\S+)\n", re.M)
+END_OF_SOURCE = re.compile(r"^={40} end of train_gpt\.py\n", re.M)
 
 
 def mixture_loss(logps, weights=None):
-    """Nats per token of a mixture of models, the obvious way; weights [k] or [k, n]."""
+    """Nats per token of a mixture of models, the obvious way; weights [k]."""
     p = np.exp(logps)
-    weights = np.full(len(p), 1 / len(p)) if weights is None else np.asarray(weights)
-    return -np.log(np.sum(weights.reshape(len(p), -1) * p, axis=0)).mean()
+    weights = np.full(len(p), 1 / len(p)) if weights is None else weights
+    return -np.log(weights @ p).mean()
 
 
 def kl(run, member):
@@ -52,16 +51,19 @@ def files(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+PLAIN = ["--spelling=false", "--split_tokens=0", "--row_memory=false"]
+
+
 # ==== A whole run on prose, in a process of its own =============================================
 @pytest.fixture(scope="module")
 def prose(tmp_path_factory):
-    """Three members of 15 steps, with distillation and an n-gram."""
+    """Three members of 15 steps, with distillation."""
     runs = tmp_path_factory.mktemp("runs")
     done = python(SCRIPT, "--track=cpu", *TOY, "--seed=1", "--dtype=float32", "--log_steps=5",
                   "--train_tokens=9000", "--selection_tokens=1000", "--eval_tokens=2000",
                   "--seq_len=64", "--batch_rows=8", "--num_models=3", "--num_epochs=1",
-                  "--kd_alpha=0.5", "--final_mixture=ngram", "--ngram_order=3", "--num_layers=2",
-                  "--model_dim=64", "--dropout=0.1", f"--runs_dir={runs}")
+                  "--kd_alpha=0.5", "--final_mixture=learned", "--num_layers=2",
+                  "--model_dim=64", "--dropout=0.1", *PLAIN, f"--runs_dir={runs}")
     assert (done.returncode, done.stderr) == (0, "")
     folder, = runs.iterdir()
     return read_run(folder, done.stdout)
@@ -93,8 +95,9 @@ def test_console_begins_with_the_plan(prose):
     assert list(lines) == ["track", "settings", "data", "model", "steps", "machine",
                            "estimate", "folder"]
     assert lines["track"] == "cpu: 3 model(s) x 1 epochs"
-    assert "num_layers=2" in lines["settings"] and "ngram_order=" in lines["settings"]
-    assert "in 2 blocks of width 64" in lines["model"]
+    assert "num_layers=2" in lines["settings"] and "final_mixture=" in lines["settings"]
+    assert re.match(r"\S+M parameters, 2 blocks of width 64; \S+ then \S+ FLOPs a token$",
+                    lines["model"])
     assert lines["machine"].startswith(prose.result["hardware"])
     assert f"torch {torch.__version__}, torch.float32" in lines["machine"]
     assert lines["machine"].endswith("compile off")
@@ -110,14 +113,13 @@ def test_console_goes_on_with_progress_members_and_table(prose):
         line, = re.findall(rf"^member {k}/3 done in .*$", rest, re.M)
         assert line.endswith(f"val loss {val}, ensemble of {k}: {mixed['val_loss']:.4f}")
         row, = re.findall(rf"^ {k}  .*$", rest, re.M)
-        columns = ("val_loss", "val_loss_learned", "val_loss_ngram", "holdout_loss")
+        columns = ("val_loss", "val_loss_learned", "holdout_loss")
         assert row.split() == [str(k), val, *(f"{mixed[column]:.4f}" for column in columns)]
     header, = re.findall("^ n    member .*", rest, re.M)
-    assert re.findall(r"\+ \w+|\w+", header.partition("(")[0]) == [
-        "n", "member", "ensemble", "learned", "+ ngram", "holdout"]
-    assert f"val loss {prose.result['val_loss']:.4f} (ngram mixture)" in rest
+    assert header.partition("(")[0].split() == ["n", "member", "ensemble", "learned", "holdout"]
+    assert f"val loss {prose.result['val_loss']:.4f} (learned mixture)" in rest
     assert f"{prose.result['val_bpb']:.4f} bits per byte" in rest
-    assert re.search(r"^data efficiency  n/a .*, n/a ", rest, re.M)     # of a part of val
+    assert re.search(r"^data efficiency  n/a$", rest, re.M)     # of a part of val
     assert "\ndata      a part of val is scored" in prose.console
     assert max(len(line) for line in rest.splitlines() if not line.startswith("folder")) <= 120
 
@@ -144,24 +146,21 @@ def test_budget_holds_training_and_selection(prose):
 
 
 def split_log(log):
-    """({name of a source file: its text}, the rest) of log.txt."""
-    *sources, rest = END_OF_SOURCE.split(log)
-    texts = [text.removesuffix("\n") for text in sources[::2]]
-    return dict(zip(sources[1::2], texts, strict=True)), rest
+    """(the source, the rest) of log.txt."""
+    source, rest = END_OF_SOURCE.split(log)
+    return source.removesuffix("\n"), rest
 
 
 def facts_of(log):
-    """{name: value} of the lines `name:JSON` between the sources and the plan."""
+    """{name: value} of the lines `name:JSON` between the source and the plan."""
     lines = split_log(log)[1].partition("\ntrack ")[0].splitlines()
     pairs = [line.split(":", maxsplit=1) for line in lines]
     return {name: json.loads(value) for name, value in pairs}
 
 
-def test_log_begins_with_the_sources(prose):
-    sources, _ = split_log(prose.log)
-    assert list(sources) == ["train_gpt.py", "data/ngram.py"]
-    for name, text in sources.items():
-        assert text == (ROOT / name).read_text(encoding="utf-8")
+def test_log_begins_with_the_source(prose):
+    source, _ = split_log(prose.log)
+    assert source == Path(SCRIPT).read_text(encoding="utf-8")
 
 
 def test_log_goes_on_with_facts_and_what_the_console_said(prose):
@@ -219,13 +218,13 @@ def test_result_says_what_was_run_and_what_it_cost(prose):
         "preset": "toy", "device": "cpu", "seed": 1, "dtype": "float32", "log_steps": 5,
         "train_tokens": 9_000, "selection_tokens": 1_000, "eval_tokens": 2_000, "seq_len": 64,
         "batch_rows": 8, "num_models": 3, "num_epochs": 1, "kd_alpha": 0.5,
-        "final_mixture": "ngram", "ngram_order": 3, "num_layers": 2, "model_dim": 64,
-        "dropout": 0.1, "runs_dir": str(prose.folder.parent)}
+        "final_mixture": "learned", "num_layers": 2, "model_dim": 64, "dropout": 0.1,
+        "spelling": False, "split_tokens": 0, "row_memory": False,
+        "runs_dir": str(prose.folder.parent)}
     assert result["config"].items() >= {**result["overrides"], "track": "cpu"}.items()
-    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-              for path in (*PROSE.glob("*.bin"), PROSE / "ranks.tiktoken")}
-    assert result["data_sha256"] == hashes | {"ranks": hashes.pop("ranks.tiktoken")}
-    assert result["changes"] == [] and "format" not in result
+    assert result["data_sha256"] == {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                                     for path in (*PROSE.glob("*.bin"), PROSE / "tokens.npz")}
+    assert result["changes"] == [] and not {"format", "others"} & set(result)
     of_members = [member["train_seconds"] for member in result["members"]]
     assert min(of_members) > 0
     assert result["train_seconds"] == pytest.approx(sum(of_members), abs=0.01)
@@ -249,42 +248,18 @@ def test_losses_are_those_of_the_saved_scores(prose):
             assert point[f"{split}_loss"] == pytest.approx(mixture_loss(stack), abs=1e-9)
 
 
-def climb(p, start, prior=0.0):
-    """Weights [k] that make targets of probabilities p [k, n] most likely, if those of `start`
-    were seen on `prior` tokens before; by many steps of expectation maximization."""
-    weights = start
-    for _ in range(2_000):
-        seen = (weights[:, None] * p / (weights @ p)).sum(axis=1)
-        weights = (seen + prior * start) / (p.shape[1] + prior)
-    return weights
-
-
 def test_learned_mixtures_are_fitted_on_selection_alone(prose):
-    """All is fitted again here, from the scores that are saved and an n-gram counted anew."""
+    """All is fitted again here, from the scores that are saved, by many steps of expectation
+    maximization."""
     logps, last = saved_logps(prose), prose.result["ensemble"][-1]
-    ngram = NGram(prose_tokens("train")[selected_tokens():], 2048, PROSE_BOS, 3)
-    tokens = {"selection": prose_tokens("train")[:selected_tokens()],
-              "val": prose_tokens("val"), "holdout": prose_tokens("holdout")}
-    stack = {split: [scores[split] for scores in logps] for split in tokens}
-    joined = {split: [*stack[split], ngram.logprobs(tokens[split])] for split in tokens}
-    support = {split: ngram.support(part) for split, part in tokens.items()}
-
-    learned = climb(np.exp(stack["selection"]), np.full(3, 1 / 3))
-    weights = climb(np.exp(joined["selection"]), np.full(4, 1 / 4))
-    table = np.repeat(weights[:, None], 16, axis=1)     # of each support, 0 to 15
-    for bucket in np.unique(support["selection"]):
-        p = np.exp(joined["selection"])[:, support["selection"] == bucket]
-        table[:, bucket] = climb(p, weights, PRIOR)
-    assert last["weights_ngram"] == pytest.approx(weights, abs=0.01)
+    p, weights = np.exp([scores["selection"] for scores in logps]), np.full(3, 1 / 3)
+    for _ in range(2_000):
+        weights = (weights[:, None] * p / (weights @ p)).mean(axis=1)
+    assert last["weights_learned"] == pytest.approx(weights, abs=0.02)
     for split in ("selection", "val", "holdout"):
         assert last[f"{split}_loss_learned"] == pytest.approx(
-            mixture_loss(stack[split], learned), abs=1e-3)
-        by_support = mixture_loss(joined[split], table[:, support[split]])
-        assert last[f"{split}_loss_ngram"] == pytest.approx(by_support, abs=5e-5)
-        assert abs(by_support - mixture_loss(joined[split], weights)) > 2e-4     # it matters
-        assert prose.result["others"]["ngram"][f"{split}_loss"] == pytest.approx(
-            -np.mean(joined[split][-1]), abs=1e-6)
-        assert prose.result[f"{split}_loss"] == last[f"{split}_loss_ngram"]
+            mixture_loss([scores[split] for scores in logps], weights), abs=1e-4)
+        assert prose.result[f"{split}_loss"] == last[f"{split}_loss_learned"]
 
 
 def test_saved_weights_give_the_saved_scores(prose):
@@ -297,7 +272,7 @@ def test_saved_weights_give_the_saved_scores(prose):
         for start in range(0, len(tokens) - 1, 64):
             row = tokens[start:start + 65]
             with torch.no_grad():
-                logits = model.logits(model(row[None, :-1]))[0].double()
+                logits = logits_of(model, model(row[None, :-1]))[0].double()
             parts.append(torch.log_softmax(logits, dim=1).gather(1, row[1:, None])[:, 0])
         assert np.abs(torch.cat(parts).numpy() - saved["val"]).max() < 1e-4
 
@@ -315,19 +290,32 @@ def test_bits_per_byte_by_hand(prose):
 # ==== What settings change ======================================================================
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Settings of runs that take a fraction of a second; on random words, without ranks."""
-    dataset = make_dataset(tmp_path_factory.mktemp("data") / "small")
+    """Settings of runs that take a fraction of a second; on random words, without tokens.npz."""
+    folder = tmp_path_factory.mktemp("data") / "small"
+    return [*small_settings(make_dataset(folder, tables=False)), *PLAIN]
+
+
+def small_settings(dataset):
     return [f"--dataset={dataset}", f"--vocab_size={VOCAB}", "--train_tokens=3000",
             "--selection_tokens=500", "--eval_tokens=0"]
 
 
+@pytest.fixture(scope="module")
+def spelled(tmp_path_factory):
+    """The same on the same words, with tokens.npz; rows that remember, of cut tokens whose strings
+    are alike."""
+    dataset = make_dataset(tmp_path_factory.mktemp("data") / "spelled", tables=True)
+    return [*small_settings(dataset), *BY_STRINGS]
+
+
+BY_STRINGS = ["--spelling=true", "--split_tokens=0.3", "--row_memory=true"]
 PAIR = ["--seed=1", "--num_models=2", "--kd_alpha=0.5", "--kd_from=2", "--dropout=0",
-        "--device_batch_size=4", "--ngram_order=2", "--final_mixture=learned"]
+        "--device_batch_size=4", "--final_mixture=learned"]
 
 
 @pytest.fixture(scope="module")
 def pair(small, tmp_path_factory):
-    """Two members, the second distilled from the first; an n-gram that the result leaves out."""
+    """Two members, the second distilled from the first."""
     return train(tmp_path_factory.mktemp("pair"), *small, *PAIR)
 
 
@@ -361,8 +349,7 @@ def test_distillation_alone_pulls_towards_the_teacher(pair, small, tmp_path):
     assert student < teacher + 0.1 < math.log(VOCAB) - 0.5
 
 
-@pytest.mark.parametrize("mixture, suffix", [
-    ("uniform", ""), ("learned", "_learned"), ("ngram", "_ngram")])
+@pytest.mark.parametrize("mixture, suffix", [("uniform", ""), ("learned", "_learned")])
 def test_the_declared_mixture_is_the_result(mixture, suffix, pair, small, tmp_path):
     """It changes no training and no other number."""
     run = train(tmp_path, *small, *PAIR, f"--final_mixture={mixture}")
@@ -370,9 +357,9 @@ def test_the_declared_mixture_is_the_result(mixture, suffix, pair, small, tmp_pa
     assert losses(run) == losses(pair)
     last = run.result["ensemble"][-1]
     assert declared_number(run) == (last[f"val_loss{suffix}"], last[f"holdout_loss{suffix}"])
-    assert len({last[f"val_loss{other}"] for other in ("", "_learned", "_ngram")}) == 3
+    assert last["val_loss"] != last["val_loss_learned"]
     assert f"val loss {run.result['val_loss']:.4f} ({mixture} mixture)" in run.console
-    assert run.result["val_bpb"] is None and "n/a bits per byte" in run.console     # no ranks
+    assert run.result["val_bpb"] is None and "n/a bits per byte" in run.console     # no tokens.npz
 
 
 def test_without_selection_nothing_is_fitted(small, tmp_path):
@@ -395,19 +382,20 @@ def test_micro_batches_change_nothing_but_rounding(pair, small, tmp_path):
 TECHNIQUES = {
     "tiny": ["--track=tiny", "--num_models=2", "--kd_alpha=0.5", "--kd_from=2"],
     "limited": ["--track=limited", "--num_epochs=2", "--num_layers=4", "--batch_rows=8",
-                "--xsa=true", "--ngram_order=2", "--final_mixture=ngram", "--stochastic_depth=0.2"],
+                "--xsa=true", "--final_mixture=learned", "--stochastic_depth=0.2"],
     "two_hour": ["--track=two_hour", "--num_epochs=2", "--num_layers=4", "--num_models=2",
                  "--kd_alpha=0.3",
                  "--key_offset=true", "--rope_fraction=0.5"],
     "unlimited": ["--track=unlimited", "--num_layers=3", "--num_models=4", "--batch_rows=8",
-                  "--edge_batch_rows=4", "--device_batch_size=8", "--average=weights",
-                  "--recurrence_from=0.5"],
+                  "--device_batch_size=8", "--average=weights", "--recurrence_from=0.5"],
+    "cpu": ["--track=cpu", "--num_models=2", "--kd_alpha=0.5", "--kd_from=2", "--num_epochs=2",
+            "--batch_rows=8", *BY_STRINGS],
 }
 
 
 @pytest.mark.parametrize("name", TECHNIQUES)
-def test_techniques_of_tracks_and_others_together(name, small, tmp_path):
-    run = train(tmp_path, *small, *TECHNIQUES[name])
+def test_techniques_of_tracks_and_others_together(name, small, spelled, tmp_path):
+    run = train(tmp_path, *(spelled if name == "cpu" else small), *TECHNIQUES[name])
     config = run.result["config"]
     assert len(run.result["members"]) == config["num_models"]
     assert run.result["val_loss"] < math.log(VOCAB)
@@ -415,6 +403,64 @@ def test_techniques_of_tracks_and_others_together(name, small, tmp_path):
     taught = [m["kl"] > 0 for m in run.steps]
     assert taught == [bool(config["kd_alpha"]) and m["member"] >= config["kd_from"]
                       for m in run.steps]
+
+
+# ==== What strings and rows tell ================================================================
+def test_spelling_split_tokens_and_row_memory_each_change_a_run(pair, spelled, tmp_path):
+    """The first member, which nobody teaches. Bits per byte are known with tokens.npz."""
+    found = set()
+    for i, on in enumerate(BY_STRINGS):
+        run = train(tmp_path, *spelled, *PAIR, "--num_models=1", *PLAIN[:i], on, *PLAIN[i + 1:])
+        found.add(run.result["members"][0]["val_loss"])
+    plain = train(tmp_path, *spelled, *PAIR, "--num_models=1", *PLAIN)
+    assert plain.result["members"][0]["val_loss"] == pair.result["members"][0]["val_loss"]
+    assert len(found | {plain.result["members"][0]["val_loss"]}) == 4
+    assert plain.result["val_bpb"] > 0
+    hashes, others = (run.result["data_sha256"] for run in (plain, pair))
+    assert set(hashes) - set(others) == {"tokens.npz"} and hashes.items() >= others.items()
+
+
+def test_cut_tokens_make_more_steps(pair, spelled, tmp_path):
+    """And the plan says how many."""
+    run = train(tmp_path, *spelled, *PAIR, "--num_models=1")
+    config, folder = run.result["config"], Path(run.result["config"]["dataset"])
+    tables = np.load(folder / "tokens.npz")
+    tokens = np.asarray(read_shard(folder / "small_train_000000.bin")[0])[500:3000]
+    count = len(tokens) + round(0.3 * np.count_nonzero(tables["pairs"][tokens, 0] >= 0))
+    rows = math.ceil((count - 1) / config["seq_len"]) * config["num_epochs"]
+    steps = math.ceil(rows / config["batch_rows"])
+    assert run.steps[-1]["step"] == steps > pair.steps[-1]["step"]
+    assert f"steps     {steps:,} a member" in run.console
+
+
+def test_a_run_by_strings_that_is_stopped_ends_with_the_same_digits(spelled, tmp_path, monkeypatch):
+    """In the second epoch of a member that is taught, with dropout and averaged weights."""
+    arguments = [*TINY, *spelled, *PAIR, "--dropout=0.1", "--num_epochs=2", "--average=weights",
+                 "--average_epochs=2", "--continue_members=true", "--save_minutes=0"]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "stopped").mkdir()
+    whole = train(tmp_path / "whole", *arguments)
+    steps = whole.steps[-1]["step"]
+    metrics = Log.metrics
+
+    def until_nearly_the_end(log, **numbers):
+        metrics(log, **numbers)
+        if (numbers["member"], numbers.get("step")) == (2, steps - 3):
+            signal.raise_signal(signal.SIGTERM)
+
+    arguments += [f"--runs_dir={tmp_path / 'stopped'}", "--run_id=run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "metrics", until_nearly_the_end)
+        code, _, err = main(*arguments)
+    assert code == 143 and err.startswith(f"stopped   member 2 after step {steps - 3};")
+    code, out, err = main(*arguments)
+    assert (code, err) == (0, "") and f"resumed   member 2 after step {steps - 3}" in out
+    stopped = read_run(tmp_path / "stopped/run")
+    assert losses(stopped) == losses(whole)
+    assert declared_number(stopped) == declared_number(whole)
+    for path in whole.folder.glob("members/*.safetensors"):
+        tensors, same = load_file(path), load_file(stopped.folder / "members" / path.name)
+        assert tensors and all(torch.equal(same[name], tensors[name]) for name in tensors)
 
 
 # ==== A run that is finished ====================================================================
@@ -507,6 +553,18 @@ def test_processes_train_the_members_of_one(processes, micro_rows, one_process, 
     assert_same_training(one_process, many)
 
 
+def test_two_processes_train_the_members_of_one_by_strings(spelled, tmp_path):
+    (tmp_path / "one").mkdir()
+    arguments = [*SHARED, *spelled, "--meta_lr=0", "--cautious=false"]      # and few signs
+    one = train(tmp_path / "one", *arguments, "--device_batch_size=4")
+    done = torchrun(2, SCRIPT, *arguments, "--device_batch_size=1", f"--runs_dir={tmp_path}",
+                    "--run_id=run")
+    assert done.returncode == 0, done.stderr
+    many = read_run(tmp_path / "run", done.stdout)
+    assert many.result["processes"] == 2 and min(kl(many, 2)) > 0
+    assert_same_training(one, many)
+
+
 def test_batch_that_processes_cannot_share_is_refused(small, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, out, err = main("check", *TOY, *small, "--batch_rows=17", f"--runs_dir={tmp_path}")
@@ -535,10 +593,10 @@ def copied_alone(tmp_path_factory):
     return folder, clean_environment(PYTHONPATH=str(blocked))
 
 
-ALONE = ["train_gpt.py", "--track=cpu", "--preset=toy", "--dataset=DATA", "--ngram_order=0",
+ALONE = ["train_gpt.py", "--track=cpu", "--preset=toy", "--dataset=DATA",
          "--final_mixture=learned", "--device=cpu", "--dtype=float32", "--num_models=2",
          "--num_layers=2", "--num_epochs=1", "--batch_rows=8", "--seq_len=64",
-         "--train_tokens=9000", "--selection_tokens=1000", "--log_steps=1"]
+         "--train_tokens=9000", "--selection_tokens=1000", "--log_steps=1", "--split_tokens=0"]
 
 
 def stop_after_first_step(arguments, folder, environment):
@@ -580,17 +638,6 @@ def test_script_copied_alone_trains_stops_and_goes_on(alone, copied_alone):
     assert {path.name for path in folder.iterdir()} == {"train_gpt.py", "DATA", "runs"}
 
 
-def test_script_copied_alone_says_what_an_ngram_needs(copied_alone):
-    folder, environment = copied_alone
-    before = files(folder)
-    done = python("train_gpt.py", "--track=cpu", "--preset=toy", "--device=cpu", "--dataset=DATA",
-                  "--ngram_order=4", "--final_mixture=ngram", "--run_id=ngram", cwd=folder,
-                  env=environment)
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: [^\n]*data/ngram\.py[^\n]* --ngram_order=0[^\n]*\n", done.stderr)
-    assert files(folder) == before
-
-
 def imports_of(source):
     """(module, name of the function around it, or "") for each import in Python source."""
     found = []
@@ -607,14 +654,13 @@ def imports_of(source):
     return found
 
 
-def test_script_imports_nothing_local_but_the_ngram_in_one_function():
+def test_script_imports_nothing_local():
     found = imports_of(Path(SCRIPT).read_text(encoding="utf-8"))
     inner = {name for name, function in found if function}
     others = [(name, function) for name, function in found
               if name.partition(".")[0] not in {*sys.stdlib_module_names, "torch", "numpy",
                                                 "safetensors"}]
-    assert {name for name, _ in others} <= {"data.ngram", "flash_attn_interface"} <= inner
-    assert sum(name == "data.ngram" for name, _ in others) == 1
+    assert {name for name, _ in others} == {"flash_attn_interface"} <= inner
     assert not {"importlib", "runpy", "imp"} & {name.partition(".")[0] for name, _ in found}
     assert all(function for _, function in others)
 
@@ -633,10 +679,8 @@ def test_importing_says_and_does_nothing(tmp_path):
 # ==== The log alone =============================================================================
 def replay(run, folder):
     """The run again, from nothing but its log and its dataset, in the empty `folder`."""
-    sources, _ = split_log(run.log)
-    for name, text in sources.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
+    source, _ = split_log(run.log)
+    (folder / "train_gpt.py").write_text(source, encoding="utf-8")
     facts = facts_of(run.log)
     shutil.copytree(facts["config"]["dataset"], folder / "copy")
     values = {"track": facts["config"]["track"], **facts["overrides"], "dataset": "copy",
@@ -647,17 +691,13 @@ def replay(run, folder):
     return read_run(folder / "replayed/again", done.stdout)
 
 
-@pytest.mark.parametrize("ngram", [
-    ["--ngram_order=2", "--final_mixture=ngram"], ["--ngram_order=0", "--final_mixture=learned"]],
-    ids=["with", "without"])
-def test_log_alone_gives_the_same_digits(ngram, small, tmp_path):
+def test_log_alone_gives_the_same_digits(spelled, tmp_path):
     """With a schedule, a bool, an int and a float among the overrides."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "empty").mkdir()
-    run = train(tmp_path / "runs", *small, *ngram, "--num_models=2", "--qk_norm=true",
-                "--wd_schedule=0:1,0.5:0.25", "--dropout=0.1")
+    run = train(tmp_path / "runs", *spelled, "--final_mixture=learned", "--num_models=2",
+                "--qk_norm=true", "--wd_schedule=0:1,0.5:0.25", "--dropout=0.1")
     again = replay(run, tmp_path / "empty")
-    assert (tmp_path / "empty/data/ngram.py").exists() is (ngram[0] != "--ngram_order=0")
     assert losses(again) == losses(run)
     assert again.result["ensemble"] == run.result["ensemble"]
     assert declared_number(again) == declared_number(run)

@@ -316,7 +316,7 @@ def test_check_says_what_would_run_and_trains_nothing(arguments, gpus, track, pr
 
     have_gpus(monkeypatch, gpus)
     monkeypatch.setattr(train_gpt, "run", never)
-    code, out, err = main("check", "--preset=toy", "--batch_rows=64", "--edge_batch_rows=0",
+    code, out, err = main("check", "--preset=toy", "--batch_rows=64",
                           f"--runs_dir={tmp_path / 'runs'}", *arguments)
     assert (code, err) == (0, "")
     assert out.startswith(f"track {track}, processes {processes}\n")

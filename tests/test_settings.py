@@ -102,7 +102,7 @@ def test_text_of_values(value, text):
 
 @pytest.mark.parametrize("name, text, value", [
     ("seed", "3", 3), ("train_tokens", "100_000", 100_000), ("dropout", "0.5", 0.5),
-    ("dropout", "1", 1.0), ("adam_eps", "1e-8", 1e-8), ("qk_norm", "true", True),
+    ("dropout", "1", 1.0), ("matrix_lr", "1e-8", 1e-8), ("qk_norm", "true", True),
     ("qk_norm", "True", True), ("qk_norm", "1", True), ("qk_norm", "FALSE", False),
     ("qk_norm", "0", False), ("run_id", "", ""), ("run_id", "a=b", "a=b"),
     ("wd_schedule", "0:1,0.5:2", ((0.0, 1.0), (0.5, 2.0))), ("wd_schedule", "", ()),
@@ -189,8 +189,8 @@ def test_ranges_and_choices(name, good, bad, monkeypatch):
 
 
 SOUND = dict(model_dim=64, num_heads=4, num_layers=4, loop_start=0, loop_end=0, loop_count=1,
-             train_tokens=100, selection_tokens=10, final_mixture="uniform", ngram_order=0,
-             window_pattern="SL", run_id="a")
+             train_tokens=100, selection_tokens=10, final_mixture="uniform", seq_len=32,
+             loss_chunk=100, row_memory=False, window_pattern="SL", run_id="a")
 
 
 @pytest.mark.parametrize("changes", [
@@ -198,7 +198,7 @@ SOUND = dict(model_dim=64, num_heads=4, num_layers=4, loop_start=0, loop_end=0, 
     dict(loop_start=1, loop_end=3, loop_count=2), dict(loop_start=3, loop_end=3, loop_count=9),
     dict(loop_start=9, loop_end=5, loop_count=1), dict(selection_tokens=99),
     dict(selection_tokens=0), dict(final_mixture="learned"), dict(run_id=""),
-    dict(final_mixture="ngram", ngram_order=2), dict(run_id="2026-01-31_a.b")], ids=str)
+    dict(row_memory=True, loss_chunk=96), dict(run_id="2026-01-31_a.b")], ids=str)
 def test_values_that_work_together(changes):
     check_combinations(make_config("cpu", **{**SOUND, **changes}))
 
@@ -210,7 +210,7 @@ def test_values_that_work_together(changes):
     (dict(loop_count=2, loop_end=4), ["--loop_end=4", "0..3"]),
     (dict(loop_count=2, loop_start=2, loop_end=1), ["--loop_start=2", "--loop_end=1"]),
     (dict(final_mixture="learned", selection_tokens=0), ["learned", "--selection_tokens"]),
-    (dict(final_mixture="ngram"), ["ngram", "--ngram_order"]),
+    (dict(row_memory=True), ["--loss_chunk=100", "multiple of --seq_len=32"]),
     (dict(window_pattern=""), ["--window_pattern="]),
     (dict(window_pattern="SXL"), ["--window_pattern=SXL"]),
     *((dict(run_id=name), [f"--run_id={name}"]) for name in (
@@ -285,8 +285,10 @@ def refused(tmp_path):
     (["--dataset=nowhere"], ["nowhere", "python data/"]),
     (["--meta_lr=0.5", "--meta_rows=3"], ["--batch_rows=8", "multiple of 6", ": 6 is"]),
     (["--meta_lr=0.5", "--meta_rows=16"], ["--batch_rows=8", "multiple of 32", ": 32 is"]),
-    (["--edge_batch_rows=15", "--meta_lr=0.5", "--meta_rows=1", "--batch_rows=16"],
-     ["--edge_batch_rows=15", "multiple of 2"]),
+    (["--batch_rows=15", "--meta_lr=0.5", "--meta_rows=1"], ["--batch_rows=15", "multiple of 2"]),
+    (["--final_mixture=ngram"], ["--final_mixture=ngram", "uniform, learned"]),
+    (["--split_tokens=1.5"], ["--split_tokens=1.5", "to 1"]),
+    (["--row_memory=true", "--loss_chunk=100"], ["--loss_chunk=100", "multiple of --seq_len=64"]),
 ], ids=lambda value: " ".join(value)[:50] if value and value[0][:2] in ("--", "tr", "sa", "ch")
     else "")
 def test_setting_is_refused(arguments, words, refused):
@@ -309,8 +311,7 @@ def test_toy_starts_on_many_processes(track):
     config = make_config(track, preset="toy")
     for world_size in (1, 2, 4, 8):
         assert micro_batch_rows(config, world_size) >= 1
-        for member in range(1, config.num_models + 1):
-            assert config.rows_of(member) % world_size == 0
+        assert config.batch_rows % world_size == 0
 
 
 @pytest.mark.parametrize("alpha, first, taught", [
@@ -324,7 +325,7 @@ def test_members_that_have_a_teacher(alpha, first, taught):
 def flops_of_all_steps(config, tokens, number):
     """Of a member: each step in its stage, with the teacher's forward; the last one is not full."""
     by_stage, teacher = step_flops(config)
-    rows = Rows([np.zeros(tokens, np.uint16)], config.seq_len, config.rows_of(number),
+    rows = Rows([np.zeros(tokens, np.uint16)], config.seq_len, config.batch_rows,
                 config.num_epochs, 0, 0)
     left, total = rows.total_rows, 0.0
     for step in range(rows.num_steps):
@@ -344,7 +345,7 @@ def test_planned_flops_are_those_of_all_steps(track):
     assert len(planned) == config.num_models
     plans = {}          # what members cost that train alike
     for number, found in enumerate(planned, 1):
-        plan = config.rows_of(number), config.kd_alpha and 1 < number >= config.kd_from
+        plan = config.kd_alpha and 1 < number >= config.kd_from
         if plan not in plans:
             plans[plan] = flops_of_all_steps(config, tokens, number)
         assert found == pytest.approx(plans[plan], rel=0.005), number
@@ -355,8 +356,8 @@ def test_planned_flops_are_those_of_all_steps(track):
     dict(recurrence_from=0.7), dict(window_schedule=((0, 0.125, 0.25), (0.3, 0.5, 1)))], ids=str)
 def test_planned_flops_see_what_a_plan_changes(changes):
     """With steps that are full and stages that end with one, to the digit."""
-    off = dict(seq_len=256, batch_rows=8, edge_batch_rows=0, num_epochs=8, num_models=3,
-               kd_alpha=0, window_schedule=(), loop_count=1, recurrence_from=0)
+    off = dict(seq_len=256, batch_rows=8, num_epochs=8, num_models=3, kd_alpha=0,
+               window_schedule=(), loop_count=1, recurrence_from=0)
     plain, config = (make_config("cpu", **{**off, **more}) for more in ({}, changes))
     tokens = 20 * 8 * 256 + 1
     found = planned_flops(config, tokens)
@@ -368,7 +369,7 @@ def test_planned_flops_see_what_a_plan_changes(changes):
 def test_batch_that_processes_cannot_share(refused, monkeypatch):
     """Before any of them is there: run.sh asks with the number that it will launch."""
     have_gpus(monkeypatch, 8)
-    arguments = ["--track=limited", "--preset=toy", "--meta_lr=0", "--edge_batch_rows=0"]
+    arguments = ["--track=limited", "--preset=toy", "--meta_lr=0"]
     assert main("check", *arguments, "--batch_rows=24")[0] == 0
     code, out, err = main("check", *arguments, "--batch_rows=17")
     assert (code, out) == (2, "track limited, processes 8\n")

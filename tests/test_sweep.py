@@ -29,7 +29,7 @@ SCRIPT = str(ROOT / "tools/sweep.py")
 # a second or two a run: 13 steps
 SHORT = ["--track=cpu", "--preset=toy", "--device=cpu", "--dtype=float32", "--num_layers=1",
          "--batch_rows=4", "--num_epochs=1", "--num_models=1", "--train_tokens=5000",
-         "--eval_tokens=500", "--ngram_order=0", "--final_mixture=learned", "--log_steps=1"]
+         "--eval_tokens=500", "--final_mixture=learned", "--log_steps=1"]
 TWO_BY_TWO = [*SHORT, "--seeds=1,2", "--dropout=0,0.4"]
 SPLITS = ("selection", "val", "holdout")
 
@@ -93,7 +93,7 @@ def test_no_values_is_one_setting():
 
 def test_one_at_a_time_by_hand():
     """The base first; a value that is the track's own is the base again."""
-    assert make_config("cpu").dropout == 0 and make_config("cpu").weight_decay == 1
+    assert make_config("cpu").dropout == 0 and make_config("cpu").weight_decay == 1.5
     found = settings({"dropout": ["0", "0.1"], "weight_decay": ["2", "3"], "seq_len": ["64"]}, True)
     assert found == [("as it is", {"seq_len": "64"}),
                      ("dropout=0.1", {"dropout": "0.1", "seq_len": "64"}),
@@ -271,7 +271,7 @@ def test_folders_are_distinct_for_every_row(tmp_path):
 
 def test_sources_have_folders_of_their_own(monkeypatch, tmp_path):
     (tmp_path / "train_gpt.py").write_text("a")
-    monkeypatch.setattr(sweep, "source_files", lambda config: {"": tmp_path / "train_gpt.py"})
+    monkeypatch.setattr(sweep, "SOURCE", tmp_path / "train_gpt.py")
     before = sweep.default_out()
     assert re.fullmatch("sweep_[0-9a-f]{7}", before) and sweep.default_out() == before
     (tmp_path / "train_gpt.py").write_text("b")

@@ -16,16 +16,17 @@ import pytest
 import torch
 
 import train_gpt
-from helpers import (BOS, VOCAB, batch, gradients_of, losses, main, make_dataset, random_tokens,
-                     random_trainer, randomize, relative_error, small_config, train, TINY)
-from train_gpt import (GPT, Clocks, Log, Member, Trainer, UserError, collect_state,
+from helpers import (BOS, VOCAB, batch, gradients_of, logits_of, losses, main, make_dataset,
+                     random_tokens, random_trainer, randomize, relative_error, small_config,
+                     small_tables, train, TINY)
+from train_gpt import (GPT, Clocks, Log, Member, Rows, Trainer, UserError, collect_state,
                        load_dataset, make_config, member_facts, micro_batch_rows, parse,
                        read_tensors, restore_state, result_lines, run_costs, start_runtime,
                        train_member, train_step)
 
 SILENT = Log(None, is_main=False)
 SMALL_DATA = [f"--vocab_size={VOCAB}", "--train_tokens=2500", "--selection_tokens=300",
-              "--eval_tokens=0", "--ngram_order=0", "--final_mixture=uniform"]
+              "--eval_tokens=0", "--final_mixture=uniform"]
 
 
 # ==== Helpers ===================================================================================
@@ -51,42 +52,76 @@ def summed_gradients(trainer, inputs, targets, progress, distill, world_size=1, 
     return sums, gradients_of(trainer.model)
 
 
+NONE = -1e4         # a logit of what is not there: its p is exactly 0
+
+
+def naive_logits(model, hidden, targets):
+    """(logits [B, T, V], the token of each), and with the row's memory T more: h_t h_i / sqrt(D) of
+    what was to be predicted at each earlier position i of the row, if anything was."""
+    (rows, length, dim), logits = hidden.shape, logits_of(model, hidden)
+    tokens = torch.arange(logits.shape[-1]).expand(logits.shape)
+    if not model.config.row_memory:
+        return logits, tokens
+    similar = torch.full((rows, length, length), NONE, dtype=logits.dtype)
+    seen = torch.full((rows, length, length), -1)
+    for r in range(rows):
+        for t in range(length):
+            for i in range(t):
+                if targets[r, i] >= 0:
+                    similar[r, t, i] = hidden[r, t] @ hidden[r, i] / math.sqrt(dim)
+                    seen[r, t, i] = targets[r, i]
+    return torch.cat((logits, similar), dim=-1), torch.cat((tokens, seen), dim=-1)
+
+
+def naive_logp(model, hidden, targets):
+    """log p(target) [B, T] by naive_logits."""
+    logits, tokens = naive_logits(model, hidden, targets)
+    right = torch.where(tokens == targets.unsqueeze(-1), logits.log_softmax(-1), NONE)
+    return right.logsumexp(-1)
+
+
 def naive_losses(trainer, inputs, targets, specs, later=(), alpha=0.0, rows=None):
     """The formula: {"loss", "train_loss", "kl"} of `rows` (all), divided by the whole batch's.
 
     (1 - alpha) (CE + w_2 CE_2 + w_3 CE_3 + MTP's CE_2) + alpha T^2 KL, where CE_j is of the token
-    j positions ahead, if its row has it. MTP's is a mean over the tokens that have a CE_2.
+    j positions ahead, if its row has it, and a next one. MTP's is a mean over the tokens that have
+    a second next one, and has no memory.
     """
     config, model = trainer.config, trainer.model
     rows = range(len(targets)) if rows is None else rows
 
-    def having(ahead):
+    def having(ahead, and_next=True):
         """[(row, column, token)] of the whole batch's positions with a token `ahead`."""
         return [(r, i, int(targets[r, i + ahead - 1])) for r in range(len(targets))
                 for i in range(targets.shape[1] - ahead + 1)
-                if targets[r, i] >= 0 and targets[r, i + ahead - 1] >= 0]
+                if targets[r, i + ahead - 1] >= 0 and (targets[r, i] >= 0 or not and_next)]
 
-    def cross_entropy(logits, ahead):
+    def cross_entropy(logits, stands_for, places):
         """Sum over the positions in `rows`."""
-        chosen = [place for place in having(ahead) if place[0] in rows]
+        chosen = [place for place in places if place[0] in rows]
         r, i, token = torch.tensor(chosen or [(0, 0, 0)]).T
-        return -logits.log_softmax(-1)[r, i, token].sum() * bool(chosen)
+        right = torch.where(stands_for[r, i] == token[:, None], logits.log_softmax(-1)[r, i], NONE)
+        return -right.logsumexp(-1).sum() * bool(chosen)
 
     count = len(having(1))
     hidden = model(inputs, specs)
-    student = model.logits(hidden)
-    next_token = cross_entropy(student, 1) / count
+    student, tokens = naive_logits(model, hidden, targets)
+    next_token = cross_entropy(student, tokens, having(1)) / count
     loss = next_token
     for ahead, weight in enumerate(later, 2):
-        loss = loss + weight * cross_entropy(student, ahead) / count
+        loss = loss + weight * cross_entropy(student, tokens, having(ahead)) / count
     if config.mtp_weight:
-        predicting = model.logits(model.mtp_hidden(hidden, targets.clamp(min=0), specs))
-        loss = loss + config.mtp_weight * cross_entropy(predicting, 2) / max(1, len(having(2)))
+        following = torch.cat((inputs[:, 1:], targets[:, -1:].clamp(min=0)), dim=1)
+        predicting = logits_of(model, model.mtp_hidden(hidden, following, specs))
+        second = having(2, and_next=False)
+        ce = cross_entropy(predicting, tokens[:, :, :VOCAB], second)
+        loss = loss + config.mtp_weight * ce / max(1, len(second))
     kl = torch.zeros((), dtype=torch.float64)
     if alpha:
         T = config.kd_temperature
         with torch.no_grad():       # a teacher is always in its last stage
-            taught = (trainer.teacher.logits(trainer.teacher(inputs)) / T).log_softmax(-1)
+            taught, _ = naive_logits(trainer.teacher, trainer.teacher(inputs), targets)
+            taught = (taught / T).log_softmax(-1)
         own = (student / T).log_softmax(-1)
         by_token = (taught.exp() * (taught - own)).sum(-1)
         kl = sum((by_token[r, i] for r, i, _ in having(1) if r in rows), kl) / count
@@ -131,6 +166,7 @@ STAGED = dict(num_epochs=2, loop_start=1, loop_end=2, loop_count=2, loop_from_ep
               window_pattern="SL", window_schedule=((0, 0.25, 0.5), (0.5, 0.5, 1)))
 TARGETS = dict(second_weight=((0, 0.5), (1, 0.3)), third_weight=((0, 0.25), (0.4, 0)))
 DISTILLED = dict(kd_alpha=0.6, kd_temperature=1.3)
+MEMORY = dict(row_memory=True, loss_chunk=24)
 MORE = dict(rope_fraction=0.5, key_offset=True, xsa=True, iha=True, recurrence_from=0.1)
 # settings, progress, stage, weights of the second and third next token, alpha
 LOSSES = {
@@ -145,6 +181,10 @@ LOSSES = {
     "with a teacher that is not asked": (dict(STAGED, **DISTILLED), 0.2, 0, (), 0.0),
     "all at once": (dict(TARGETS, **DISTILLED, **MORE, mtp_weight=0.3, num_epochs=2),
                     0.2, 1, (0.46, 0.125), 0.6),
+    "with the row's memory": (dict(STAGED, **MEMORY), 0.5, 1, (), 0.0),
+    "all at once, with the row's memory": (
+        dict(TARGETS, **DISTILLED, **MORE, **MEMORY, mtp_weight=0.3, num_epochs=2),
+        0.2, 1, (0.46, 0.125), 0.6),
 }
 
 
@@ -159,6 +199,26 @@ def test_gradients_of_a_batch_equal_the_formula(name, rows_with_targets):
     targets[rows_with_targets:] = -1
     expected = naive_gradients(trainer, inputs, targets, specs, later, alpha)
     for world_size, micro_rows in ((1, 4), (1, 3), (2, 1), (4, 2)):
+        ours = summed_gradients(trainer, inputs, targets, progress, bool(alpha), world_size,
+                                micro_rows)
+        assert_same_gradients(ours, expected, (world_size, micro_rows))
+
+
+@pytest.mark.parametrize("name", ["next token, first stage", "three tokens", "MTP",
+                                  "all at once, with the row's memory"])
+def test_gradients_where_tokens_are_cut_equal_the_formula(name):
+    """Nothing is to be predicted inside of one, and it is read as its parts, by MTP as well."""
+    changes, progress, stage, later, alpha = LOSSES[name]
+    trainer = random_trainer(**changes)
+    config = trainer.config
+    documents = [np.append(BOS, random_tokens(config, 20, seed=i)) for i in range(3)]
+    inputs, targets = Rows(documents, config.seq_len, 6, 1, 1, BOS, small_tables()["pairs"],
+                           0.5).step(0)
+    inputs, targets = inputs[1:5], targets[1:5]
+    assert (targets[:, :6] < 0).any() and (inputs[:, 1:] != targets[:, :-1].clamp(min=0)).any()
+    specs = trainer.specs[trainer.stages[stage]]
+    expected = naive_gradients(trainer, inputs, targets, specs, later, alpha)
+    for world_size, micro_rows in ((1, 4), (2, 1)):
         ours = summed_gradients(trainer, inputs, targets, progress, bool(alpha), world_size,
                                 micro_rows)
         assert_same_gradients(ours, expected, (world_size, micro_rows))
@@ -209,7 +269,7 @@ def naive_meta_gradients(trainer, inputs, targets, specs, size, later, alpha):
 @pytest.mark.parametrize("scope, decay, changes, later, alpha", [
     ("matrices", True, MORE, (), 0.0), ("matrices", False, DISTILLED, (), 0.6),
     ("mlp", False, dict(TARGETS, mtp_weight=0.3), (0.32, 0), 0.0),
-    ("matrices", False, dict(mtp_weight=0.3), (), 0.0)])
+    ("matrices", False, dict(mtp_weight=0.3), (), 0.0), ("mlp", False, MEMORY, (), 0.0)])
 def test_meta_gradients_equal_their_definition(scope, decay, changes, later, alpha):
     """For any number of processes and any micro-batch; weights are then what they were."""
     trainer = random_trainer(**changes, meta_lr=0.5, meta_rows=2, meta_scope=scope,
@@ -295,18 +355,16 @@ SHARES = [
     (dict(batch_rows=8, device_batch_size=3), 2, None, 3),
     (dict(batch_rows=6), 4, "--batch_rows=6", 4),
     (dict(batch_rows=1), 4, "--batch_rows=1", 4),
-    (dict(batch_rows=8, edge_batch_rows=6), 4, "--edge_batch_rows=6", 4),
     (dict(batch_rows=16, meta_lr=0.5, meta_rows=2), 4, None, 2),
     (dict(batch_rows=24, meta_lr=0.5, meta_rows=2), 4, "--batch_rows=24", 16),
-    (dict(batch_rows=16, edge_batch_rows=8, meta_lr=0.5, meta_rows=4), 2,
-     "--edge_batch_rows=8", 16),
+    (dict(batch_rows=8, meta_lr=0.5, meta_rows=4), 2, "--batch_rows=8", 16),
 ]
 
 
 @pytest.mark.parametrize("changes, world_size, refused, number", SHARES, ids=str)
 def test_batch_that_cannot_be_shared_out_is_refused(changes, world_size, refused, number):
     """number: of which a batch must be a multiple, and what is proposed is; or rows that fit."""
-    config = small_config(**{"edge_batch_rows": 0, **changes})
+    config = small_config(**changes)
     if not refused:
         assert micro_batch_rows(config, world_size) == number
         return
@@ -327,7 +385,7 @@ def small_data(tmp_path_factory):
 def data_of(documents, scored=("val",)):
     """A Dataset's train, and splits of 30 random tokens."""
     tokens = random_tokens(SimpleNamespace(vocab_size=VOCAB), len(scored), 30, seed=5).numpy()
-    return SimpleNamespace(train=documents, bos=BOS,
+    return SimpleNamespace(train=documents, bos=BOS, tables={},
                            scored={split: [part] for split, part in zip(scored, tokens)})
 
 
@@ -350,17 +408,6 @@ def test_order_of_rows_differs_between_members_and_seeds():
         first_rows.append(tuple(rows.step(0)[0].flatten().tolist()))
     assert first_rows[0] == first_rows[1]
     assert len(set(first_rows)) == 4
-
-
-@pytest.mark.parametrize("models, edge, rows", [
-    (4, 6, [6, 8, 8, 6]), (8, 6, [6, 6, 8, 8, 8, 8, 6, 6]), (3, 6, [8, 8, 8]), (1, 6, [8]),
-    (4, 0, [8, 8, 8, 8])])
-def test_members_of_the_outer_quarters_have_rows_of_their_own(models, edge, rows):
-    trainer = random_trainer(num_models=models, batch_rows=8, edge_batch_rows=edge)
-    data = data_of([np.full(500, BOS)])
-    members = [Member(number, trainer, data) for number in range(1, models + 1)]
-    assert [member.rows.batch_rows for member in members] == rows
-    assert all(len(member.rows.step(0)[0]) == size for member, size in zip(members, rows))
 
 
 @pytest.mark.parametrize("alpha, kd_from, distilled", [
@@ -483,7 +530,7 @@ def test_processes_begin_alike_and_drop_out_differently():
 
 # ==== What every step is given ==================================================================
 SCHEDULES = dict(
-    num_models=5, num_epochs=4, batch_rows=8, edge_batch_rows=6, kd_from=3, kd_alpha=0.5,
+    num_models=5, num_epochs=4, batch_rows=8, kd_from=3, kd_alpha=0.5,
     lr_warmdown=0.5, lr_power=0.5, lr_floor=0.1, sawtooth_epochs=1, sawtooth_floor=0.05,
     wd_schedule="0:1,0.5:0.25,0.5:2,1:3", momentum=0.9, momentum_start=0.6, momentum_steps=11,
     loop_start=1, loop_end=1, loop_count=2, loop_from_epoch=1, recurrence_from=0.75,
@@ -543,15 +590,13 @@ def training(small_data, tmp_path_factory):
 
 
 def test_members_take_their_epochs_and_rows(training, small_data):
-    """4 epochs each; 6 rows a step of the first and the last member, 8 in between."""
+    """4 epochs each, of 8 rows a step."""
     members, config = training
     tokens = sum(len(document) for document in load_dataset(small_data, config).train)
     rows = 4 * math.ceil((tokens - 1) / config.seq_len)
-    assert [member[0].rows for member in members] == [6, 8, 8, 8, 6]
     for member in members:
-        size = member[0].rows
-        assert len(member) == math.ceil(rows / size) > 10
-        assert all(step.rows == size and step.is_training for step in member)
+        assert len(member) == math.ceil(rows / 8) > 10
+        assert all(step.rows == 8 and step.is_training for step in member)
         assert [step.progress for step in member] == [i / len(member) for i in range(len(member))]
     assert len({member[0].first for member in members}) == 5    # each in an order of its own
 
@@ -637,7 +682,8 @@ BY_EPOCH = ["--num_epochs=3", "--dropout=0.2", "--window_schedule=0:0.25:0.5,0.3
             "--recurrence_from=0.7", "--num_models=2", "--kd_alpha=0.5", "--kd_from=2"]
 
 
-def test_selection_by_epoch_is_that_of_the_state_then(small_data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("changes", [[], ["--row_memory=true"]], ids=["", "memory"])
+def test_selection_by_epoch_is_that_of_the_state_then(changes, small_data, tmp_path, monkeypatch):
     """The states that are saved at ends of epochs, scored here by rows, in the stage of the step."""
     save, states = train_gpt.States.save, {}
 
@@ -647,7 +693,7 @@ def test_selection_by_epoch_is_that_of_the_state_then(small_data, tmp_path, monk
 
     monkeypatch.setattr(train_gpt.States, "save", copied)
     run = train(tmp_path, "--track=cpu", f"--dataset={small_data}", *SMALL_DATA, *BY_EPOCH,
-                "--save_minutes=1e-9")
+                "--save_minutes=1e-9", *changes)
     readings = [m for m in run.steps if "selection_loss" in m]
     values = {name: value for name, value in run.result["config"].items() if name != "track"}
     config = make_config("cpu", **values)
@@ -664,8 +710,8 @@ def test_selection_by_epoch_is_that_of_the_state_then(small_data, tmp_path, monk
         total = 0.0
         for x, y in zip(tokens[:-1].split(config.seq_len), tokens[1:].split(config.seq_len)):
             with torch.no_grad():
-                logits = model.logits(model(x[None], model.specs(stage, len(x))))[0].double()
-            total += float(torch.nn.functional.cross_entropy(logits, y, reduction="sum"))
+                hidden = model(x[None], model.specs(stage, len(x)))
+                total -= float(naive_logp(model, hidden, y[None]).double().sum())
         assert reading["selection_loss"] == pytest.approx(total / (len(tokens) - 1), abs=1e-5)
     ends = [m["selection_loss"] for m in readings if m["step"] == steps]
     assert ends == [m["selection_loss"] for m in run.result["members"]]
@@ -720,18 +766,18 @@ def test_readings_have_the_norm_of_the_gradient_before_it_is_clipped(
 
 
 # ==== Scores ====================================================================================
-@pytest.fixture(scope="module")
-def scorer():
+@pytest.fixture(scope="module", params=[{}, MEMORY], ids=["", "memory"])
+def scorer(request):
     """(trainer, tokens [100], log p(target) [99] by one forward pass a token)."""
-    trainer = random_trainer(**STAGED, device_batch_size=2)
+    trainer = random_trainer(**{**STAGED, "device_batch_size": 3, **request.param})
     tokens = random_tokens(trainer.config, 100, seed=3).numpy()
     T = trainer.config.seq_len
     expected = []
     with torch.no_grad():
         for i in range(1, len(tokens)):
-            seen = torch.from_numpy(tokens[(i - 1) // T * T:i])     # of the row it is in
-            logits = trainer.model.logits(trainer.model(seen[None])[0, -1])
-            expected.append(float(logits.log_softmax(0)[tokens[i]]))
+            row = torch.from_numpy(tokens[(i - 1) // T * T:i + 1])[None]     # that it is in
+            logp = naive_logp(trainer.model, trainer.model(row[:, :-1]), row[:, 1:])
+            expected.append(float(logp[0, -1]))
     return trainer, tokens, np.array(expected)
 
 
@@ -883,12 +929,11 @@ def test_clocks_go_on_from_those_of_earlier_launches(monkeypatch):
 
 @pytest.mark.parametrize("world_size, peak, mfu", [(1, 1e6, 0.56), (2, 1e6, 0.28), (1, None, None)])
 def test_facts_of_a_member_by_hand(world_size, peak, mfu, monkeypatch):
-    """4 steps of 4 rows, the edge's, of 12 tokens in 24 s; FLOPs of stages and teacher."""
+    """4 steps of 4 rows of 12 tokens in 24 s; FLOPs of stages and teacher."""
     now = [0.0]
     monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(train_gpt, "peak_flops", lambda device: peak)
-    trainer = random_trainer(**STAGED, **DISTILLED, num_models=4, kd_from=2, batch_rows=8,
-                             edge_batch_rows=4)
+    trainer = random_trainer(**STAGED, **DISTILLED, num_models=4, kd_from=2)
     trainer.clocks = Clocks()
     now[0] = 1000                   # what passed before a member is not its time
     trainer.flops = dict(zip(trainer.stages, (30_000.0, 50_000.0)))
@@ -918,6 +963,8 @@ def test_state_has_what_a_member_counts(monkeypatch):
     train_step(trainer, member)
     now[0] += 30
     state = collect_state(trainer, member)
+    assert {name.partition(".")[0] for name in state[0]} == {
+        "model", "first_moment", "second_moment", "momentum", "random"}
     assert set(state[1]) == {"number", "start", "step", "train_loss", "flops", "ends",
                              "world_size", "optimizer_steps", "clocks"}
     assert (state[1]["number"], state[1]["start"], state[1]["step"]) == (2, 500, 1)
@@ -928,6 +975,25 @@ def test_state_has_what_a_member_counts(monkeypatch):
     restore_state(state, resumed, again)
     now[0] += 10
     assert member_facts(resumed, again)["train_seconds"] == 40
+
+
+def test_processes_go_on_with_their_own_random_generators():
+    """They are rows of a gathered tensor; where there are other processes all are fresh ones."""
+    trainer = random_trainer()
+    member = Member(1, trainer, data_of([np.full(500, BOS)]))
+    trainer.start_member(1, member.seed)
+    tensors, facts = collect_state(trainer, member)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    tensors["random"] = torch.stack([generator.get_state() for generator in generators])
+    expected = [torch.rand(5, generator=generator).tolist() for generator in generators]
+
+    def go_on():
+        restore_state((tensors, facts | {"world_size": 3}), trainer, member)
+        return torch.rand(5).tolist()
+
+    assert on_every_rank(trainer, 3, go_on) == expected
+    fresh = on_every_rank(trainer, 2, go_on)
+    assert fresh[0] != fresh[1] and not any(numbers in expected for numbers in fresh)
 
 
 @pytest.mark.parametrize("recurrence", [0.0, 0.5])

@@ -10,24 +10,42 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from train_gpt import OPTIMIZERS, Rates, Trainer, add_sums, capped_logits, find_row, parameter_table
+from train_gpt import (OPTIMIZERS, LossSpec, Rates, Trainer, add_sums, capped_logits, find_row,
+                       parameter_table, shift, token_logits)
+
+NOTHING = -1e30         # the logit of what cannot come, of which autograd makes no NaN
+
+
+def all_logits(hidden, weight, targets, spec):
+    """(logits of all tokens at once, the token that each stands for; None: its column's)."""
+    config = spec.config
+    if not spec.row:
+        return capped_logits(hidden, weight, config.softcap)[:, :config.vocab_size], None
+    logits, tokens = token_logits(hidden, weight, targets[:, 0], config, spec.row)
+    return logits.clamp(min=NOTHING), tokens
+
+
+def cross_entropy(logp, tokens, targets, counted):
+    """The sum over the tokens that count and have a target."""
+    targets = torch.where(counted, targets, -1)
+    if tokens is None:
+        return F.nll_loss(logp, targets, ignore_index=-1, reduction="sum")
+    right = torch.where(tokens == targets.clamp(min=0).unsqueeze(1), logp, -torch.inf)
+    return -torch.where(targets >= 0, torch.logsumexp(right, dim=1), 0).sum()
 
 
 def naive_loss(hidden, weight, targets, teacher, spec):
     """What chunked_loss returns, but from logits [N, V] that exist all at once."""
     config, T = spec.config, spec.config.kd_temperature
-    real = slice(config.vocab_size)
-    logits = capped_logits(hidden, weight.to(hidden.dtype), config.softcap)[:, real]
+    logits, tokens = all_logits(hidden, weight.to(hidden.dtype), targets, spec)
     logp = torch.log_softmax(logits, dim=1)
     counted = targets[:, 0] >= 0
-    losses = [F.nll_loss(logp, torch.where(counted, y, -1), ignore_index=-1, reduction="sum")
-              for y in targets.unbind(dim=1)]
+    losses = [cross_entropy(logp, tokens, y, counted) for y in targets.unbind(dim=1)]
     ce = sum(share * loss for share, loss in zip(spec.target_weights, losses))
     kl = torch.zeros_like(losses[0])
     if teacher is not None:
         with torch.no_grad():
-            taught = capped_logits(*teacher, config.softcap)[:, real]
-            taught = torch.log_softmax(taught / T, dim=1)
+            taught = torch.log_softmax(all_logits(*teacher, targets, spec)[0] / T, dim=1)
         student = torch.log_softmax(logits / T, dim=1)
         each = F.kl_div(student, taught, reduction="none", log_target=True).sum(dim=1)
         kl = torch.where(counted, each, 0).sum()
@@ -38,8 +56,10 @@ def naive_loss(hidden, weight, targets, teacher, spec):
 class ReplicatedOptimizer:
     """The update of MuonAdamW, by every process on every parameter, one after the other."""
 
-    def __init__(self, named_parameters, config, runtime):
+    def __init__(self, named_parameters, config, runtime, tables=None):
         self.config = config
+        names = ("features", "weights") if config.spelling else ()
+        self.features = [torch.from_numpy(tables[name]).to(runtime.device) for name in names]
         self.runtime = runtime
         self.steps = 0
         table = parameter_table(config)
@@ -60,9 +80,10 @@ class ReplicatedOptimizer:
         if config.grad_clip:
             torch.nn.utils.clip_grad_norm_([p for p, _, _, _ in self.params], config.grad_clip)
         for p, row, kind, state in self.params:
-            rates = Rates(row.lr * lr_multiplier, row.weight_decay * wd_multiplier, self.steps,
+            rates = Rates(row.lr * lr_multiplier, row.shared_lr * lr_multiplier,
+                          row.weight_decay * wd_multiplier, self.steps,
                           config.momentum if momentum is None else momentum, row.betas, config,
-                          self.runtime.dtype)
+                          self.runtime.dtype, self.features)
             if kind.stacked:
                 kind.update(p.detach().unsqueeze(0), p.grad.unsqueeze(0), state, rates)
             else:
@@ -73,14 +94,30 @@ class ReplicatedOptimizer:
 class PublicTrainer(Trainer):
     """A Trainer whose loss, attention and optimizer are the public ones."""
 
-    def __init__(self, config, runtime):
-        super().__init__(config, replace(runtime, attention="sdpa"))
+    def __init__(self, config, runtime, tables=None):
+        super().__init__(config, replace(runtime, attention="sdpa"), tables)
         self.last_loss = 0.0
 
-    def loss(self, hidden, targets, spec, teacher=None):
-        """As Trainer.loss, of hidden [B, T, D] and targets [B, T, J]."""
-        return naive_loss(hidden.flatten(0, 1), self.model.head.weight, targets.flatten(0, 1),
-                          teacher, spec)
+    def main_loss(self, hidden, inputs, targets, plan):
+        """As Trainer.main_loss, from all logits at once."""
+        teacher = None
+        if plan.loss.alpha:
+            with torch.no_grad():
+                taught = self.forward(self.teacher, inputs, self.last_specs).flatten(0, 1)
+            teacher = (taught, self.teacher.head.weight.to(self.runtime.dtype))
+        ahead = [shift(targets, j) for j in range(len(plan.loss.target_weights))]
+        return naive_loss(hidden.flatten(0, 1), self.model.head.weight,
+                          torch.stack(ahead, dim=2).flatten(0, 1), teacher, plan.loss)
+
+    def mtp_loss(self, hidden, inputs, targets, plan):
+        """As Trainer.mtp_loss, from all logits at once."""
+        following = torch.cat((inputs[:, 1:], targets[:, -1:].clamp(min=0)), dim=1)
+        ahead = self.mtp_hidden(self.model, hidden, following, plan.specs).flatten(0, 1)
+        spec = LossSpec(torch.ones(1, device=targets.device), 0.0, self.config)
+        loss, _ = naive_loss(ahead, self.model.head.weight, shift(targets, 1).view(-1, 1), None,
+                             spec)
+        weight = (1 - plan.loss.alpha) * self.config.mtp_weight
+        return weight * loss * (plan.num_targets / plan.num_second)
 
     def backward(self, inputs, targets, plan):
         """As Trainer.backward, but the loss is read after each micro-batch."""
@@ -94,5 +131,5 @@ class PublicTrainer(Trainer):
     def start_member(self, number, seed, state=None):
         self.model.train().init_weights(seed)
         self.optimizer = ReplicatedOptimizer(self.model.named_parameters(), self.config,
-                                             self.runtime)
+                                             self.runtime, self.tables)
         torch.manual_seed(7919 * seed + self.runtime.rank)

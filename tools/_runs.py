@@ -11,7 +11,7 @@ import torch  # noqa: E402
 
 from train_gpt import (  # noqa: E402
     FIELDS, FREE, GPT, Config, UserError, as_text, make_config, member_path, parse, parse_arguments,
-    plan_launch, read_tensors, report_error)
+    plan_launch, read_tensors, report_error, shift, token_logits)
 
 
 def run_tool(main):
@@ -90,6 +90,21 @@ def load_member(folder, number, config, runtime):
     weights, _ = read_tensors(member_path(Path(folder), number))
     model.load_state_dict(weights)
     return model
+
+
+@torch.no_grad()
+def probabilities(model, tokens, temperature=1.0):
+    """p of what follows each of int64 `tokens` [B, T], rows: fp64 [B, T, vocab_size] on the CPU.
+    With the memory of the row, if the model has been trained with it."""
+    config = model.config
+    hidden = model(tokens).flatten(0, 1)
+    logits, stands_for = token_logits(hidden, model.head.weight.to(hidden.dtype),
+                                      shift(tokens, 1).flatten(), config,
+                                      config.row_memory * tokens.shape[1])
+    p = torch.softmax(logits.double().cpu() / temperature, dim=1)
+    stands_for = stands_for.cpu().clamp(min=0).expand_as(p)     # what is nothing has p = 0
+    total = torch.zeros(len(p), config.vocab_size, dtype=p.dtype).scatter_add(1, stands_for, p)
+    return total.view(*tokens.shape, -1)
 
 
 def load_logp(folder, number):

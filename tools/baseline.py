@@ -1,15 +1,22 @@
-"""The losses of plain single models by number of tokens: what data efficiency is read from.
+"""The losses of single models by number of tokens: what data efficiency is read from.
 
     python tools/baseline.py --track=cpu
 
-Takes the fields of train_gpt.py, as --field=value. Plain: the track's model, optimizer and batch
-(KEPT), all else off. For budgets D, multiples of the track's train_tokens as far as the data goes:
-(a) one epoch with the usual weight decay; (b) the best on `selection` over epochs and weight
-decays, found by a search that begins at each D with what was best at the D before: fewer epochs
-while that helps (at the smallest D else more), then the other weight decay. Both with and without
-U-Net skips and QK norm, whichever is better on selection (some help only where there are few
-steps). Both curves hold val losses and go into the dataset's meta.json. Every run is a line of
-<runs_dir>/baseline_<track>/runs.jsonl and is not repeated when the command is started again.
+Takes the fields of train_gpt.py, as --field=value. Three curves of val losses, for budgets D,
+multiples of the track's train_tokens as far as the data goes:
+
+one_epoch  a plain model, one epoch with the usual weight decay. Plain: the track's model, optimizer
+           and batch (KEPT), all else off.
+tuned      a plain model, the best on `selection` over epochs and weight decays. Both of them with
+           and without U-Net skips and QK norm, whichever is better on selection (some help only
+           where there are few steps).
+single     one model with all that the track's members have but a teacher, epochs and weight decay
+           tuned alike: what is left of a multiple against it is what teachers and mixing add.
+
+A search begins at each D with what was best at the D before, and goes on in each direction, of
+epochs by factors of two, as long as that helps. The curves go into the dataset's meta.json. Every
+run is a line of <runs_dir>/baseline_<track>/runs.jsonl and is not repeated when the command is
+started again.
 """
 import hashlib
 import json
@@ -23,10 +30,10 @@ from train_gpt import (FIELDS, HEADER_INTS, Log, Trainer, UserError, check_range
                        start_runtime, train_member, write_json)
 
 MULTIPLES = (1, 2, 4, 8, 12, 16)
-TUNED_UP_TO = 4                         # the largest multiple for (b), which costs epochs times D
+TUNED_UP_TO = 4             # the largest multiple for what is tuned, which costs epochs times D
 USUAL_WEIGHT_DECAY = 0.1
-WEIGHT_DECAYS = (0.1, 1.0)
-TRIED = "unet", "qk_norm"               # fields of which the better value counts
+WEIGHT_DECAYS = (0.03, 0.1, 0.3, 1.0, 1.5, 2.0)         # that a search goes along
+TRIED = "unet", "qk_norm"               # fields of which a plain model's better value counts
 FIRST_GUESS = 8, 1.0, (False, True)     # epochs, weight decay and those fields at the smallest D
 KEY = "tokens", "epochs", "weight_decay", *TRIED        # what tells runs apart
 # Fields that a plain model has from the track: the machine, the data, the size and the blocks of
@@ -34,12 +41,10 @@ KEY = "tokens", "epochs", "weight_decay", *TRIED        # what tells runs apart
 KEPT = """track preset run_id runs_dir seed device dtype compile compile_model time_limit log_steps
 save_minutes allow_changed hang_minutes dataset train_tokens selection_tokens
 eval_tokens vocab_size seq_len batch_rows device_batch_size num_epochs num_layers model_dim
-num_heads mlp_multiple embed_init head_init proj_init resid_init x0_init unet
-value_projections attn_gate qk_norm rope_base rope_fraction key_offset xsa iha window_pattern
-window_schedule softcap matrix_lr embed_lr head_lr x0_lr scalar_lr gate_lr xsa_lr iha_lr adam_beta1
-adam_beta2 adam_eps x0_beta1 xsa_beta1 gate_beta1 gate_beta2 momentum momentum_start momentum_steps
-muon_eq normuon_beta2 cautious weight_decay lr_warmdown lr_power lr_floor grad_clip
-loss_chunk""".split()
+num_heads mlp_multiple proj_init resid_init x0_init unet value_projections
+attn_gate qk_norm rope_base rope_fraction key_offset xsa iha window_pattern window_schedule softcap
+matrix_lr embed_lr head_lr x0_lr scalar_lr gate_lr momentum momentum_start momentum_steps muon_eq
+normuon_beta2 cautious weight_decay lr_warmdown lr_power lr_floor grad_clip loss_chunk""".split()
 # off, where that is not 0, False, () or the first of the choices
 NEUTRAL = {"wd_schedule": ((0, 1),), "mlp_dropout": True}
 
@@ -58,74 +63,92 @@ def plain(config):
     return config
 
 
+def single(config):
+    """The Config of one model as the track's members are, without a teacher."""
+    return replace(config, num_models=1, kd_alpha=0, final_mixture="uniform")
+
+
 def measure_baseline(config, overrides):
-    """Measure both curves of the dataset of a Config and store them in its meta.json."""
-    config = plain(config)
+    """Measure the curves of the dataset of a Config and store them in its meta.json."""
     if not config.selection_tokens:
-        raise UserError("--selection_tokens=0: the tuned curve is chosen on it")
+        raise UserError("--selection_tokens=0: the tuned curves are chosen on it")
     start = time.perf_counter()
     runtime = start_runtime(config)
     folder = ROOT / config.runs_dir / f"baseline_{config.track}"
     folder.mkdir(parents=True, exist_ok=True)
     dataset = dataset_folder(config)
     log = Log(folder, runtime.is_main)
-    runs = Runs(config, runtime, log)
     available = sum((path.stat().st_size - 4 * HEADER_INTS) // 2
                     for path in dataset.glob("*_train_*.bin"))
-    budgets = [(m, m * config.train_tokens) for m in MULTIPLES
-               if m * config.train_tokens <= available]
-    one_epoch, chosen, guess = [], [], FIRST_GUESS
-    for _, tokens in budgets:
-        tries = [runs.measure(tokens, 1, USUAL_WEIGHT_DECAY, values)
-                 for values in product((True, False), repeat=len(TRIED))]
-        one_epoch.append([tokens, min(tries, key=by_selection)["val"]])
-    for multiple, tokens in budgets:
-        if multiple <= TUNED_UP_TO:
-            best = search(runs, tokens, *guess, may_rise=not chosen)
-            guess = best["epochs"], best["weight_decay"], tried(best)
-            chosen.append(best)
-    tuned = [[best["tokens"], best["val"]] for best in chosen]
+    budgets = [m * config.train_tokens for m in MULTIPLES if m * config.train_tokens <= available]
+    few = [tokens for tokens in budgets if tokens <= TUNED_UP_TO * config.train_tokens]
+    runs = Runs(plain(config), runtime, log)
+    chosen = {"one_epoch": [min((runs.measure(tokens, 1, USUAL_WEIGHT_DECAY, values)
+                                 for values in product((True, False), repeat=len(TRIED))),
+                                key=lambda run: run["selection"]) for tokens in budgets],
+              "tuned": tune(runs, few, FIRST_GUESS, TRIED)}
+    runs = Runs(single(config), runtime, log)
+    guess = config.num_epochs, config.weight_decay, tuple(getattr(config, name) for name in TRIED)
+    chosen["single"] = tune(runs, few, guess)
+    curves = {kind: [[run["tokens"], run["val"]] for run in found]
+              for kind, found in chosen.items()}
     if runtime.is_main:
         meta = json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
         meta["baseline"] = {
-            "one_epoch": one_epoch, "tuned": tuned, "tuned_settings": chosen,
+            **curves, "tuned_settings": chosen["tuned"], "single_settings": chosen["single"],
             "source": " ".join([f"tools/baseline.py --track={config.track}",
                                 *(f"--{name}={value}" for name, value in overrides.items())]),
             "hardware": hardware_name(runtime.device)}
         write_json(dataset / "meta.json", meta)
-    log.say(f"one epoch  {one_epoch}\ntuned      {tuned}\nstored in {dataset / 'meta.json'} after"
-            f" {minutes(time.perf_counter() - start)}")
+    for kind, curve in curves.items():
+        log.say(f"{kind:<10} {curve}")
+    log.say(f"stored in {dataset / 'meta.json'} after {minutes(time.perf_counter() - start)}")
 
 
-def by_selection(run):
-    return run["selection"]
+def tune(runs, budgets, guess, flipped=()):
+    """The best run at each budget of `search`, begun with what was best at the one before."""
+    chosen = []
+    for tokens in budgets:
+        chosen.append(search(runs, tokens, guess, flipped))
+        guess = settings_of(chosen[-1])
+    return chosen
 
 
-def tried(run):
-    return tuple(run[name] for name in TRIED)
+def settings_of(run):
+    """What `measure` takes beside the budget."""
+    return run["epochs"], run["weight_decay"], tuple(run[name] for name in TRIED)
 
 
-def search(runs, tokens, epochs, wd, values, may_rise):
-    """The run with the lowest selection loss at budget `tokens`, from the settings outwards."""
-    def better(best, epochs, wd=wd, values=values):
-        return min(best, runs.measure(tokens, epochs, wd, values), key=by_selection)
+def search(runs, tokens, guess, flipped=()):
+    """The run with the lowest selection loss at budget `tokens`, from `guess` (of settings_of)
+    outwards: along epochs, WEIGHT_DECAYS and the fields `flipped`, as far as each step helps."""
+    def longer(run):
+        return {"epochs": 2 * run["epochs"]}
 
-    best = runs.measure(tokens, epochs, wd, values)
-    while best["epochs"] > 1 and better(best, best["epochs"] // 2) is not best:
-        best = better(best, best["epochs"] // 2)
-    if may_rise and best["epochs"] == epochs:
-        while better(best, best["epochs"] * 2) is not best:
-            best = better(best, best["epochs"] * 2)
-    for other in set(WEIGHT_DECAYS) - {wd}:
-        best = better(best, best["epochs"], other)
-    for name in TRIED:
-        flipped = tried({**best, name: not best[name]})
-        best = better(best, best["epochs"], best["weight_decay"], flipped)
+    def shorter(run):
+        return {"epochs": run["epochs"] // 2} if run["epochs"] > 1 else None
+
+    def heavier(run):
+        more = [wd for wd in WEIGHT_DECAYS if wd > run["weight_decay"]]
+        return {"weight_decay": more[0]} if more else None
+
+    def lighter(run):
+        less = [wd for wd in WEIGHT_DECAYS if wd < run["weight_decay"]]
+        return {"weight_decay": less[-1]} if less else None
+
+    flips = [lambda run, name=name: {name: not run[name]} for name in flipped]
+    best = runs.measure(tokens, *guess)
+    for step in (longer, shorter, heavier, lighter, *flips):
+        while changed := step(best):
+            found = runs.measure(tokens, *settings_of({**best, **changed}))
+            if found["selection"] >= best["selection"]:
+                break
+            best = found
     return best
 
 
 class Runs:
-    """Trains plain models with compiled trainers and remembers what was measured."""
+    """Trains single models with compiled trainers and remembers what was measured."""
 
     def __init__(self, config, runtime, log):
         self.config = config
@@ -142,7 +165,7 @@ class Runs:
         self.done = {tuple(run[key] for key in KEY): run for run in runs}
 
     def measure(self, tokens, epochs, wd, values):
-        """{fields of KEY, selection, val} of a plain model with `values` of TRIED, run if new."""
+        """{fields of KEY, selection, val} of a model with `values` of TRIED, run if new."""
         key = (tokens, epochs, wd, *values)
         if key in self.done:
             return self.done[key]
@@ -151,7 +174,7 @@ class Runs:
         data = load_dataset(dataset_folder(config), config)
         del data.scored["holdout"]              # not looked at here
         if values not in self.trainers:
-            self.trainers[values] = Trainer(config, self.runtime)
+            self.trainers[values] = Trainer(config, self.runtime, data.tables)
         trainer = self.trainers[values]
         trainer.config = config                 # other tokens, epochs, decay: the same model
         _, scores = train_member(1, trainer, data, self.log)

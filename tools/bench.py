@@ -47,6 +47,7 @@ LOSS_ROOM = 0.75            # part of the free memory that the comparison may ta
 LOGIT_COPIES = 9            # fp32 [N, V] that the public loss with KD has at its peak, about
 FULL_BATCH = 524_288        # tokens of the public tracks' step
 DOCUMENT = 500              # tokens of a random document, on average
+FEATURES = 14               # of a random token's string, for --spelling
 ENDLESS = 1_000_000         # epochs of the rows
 PRODUCTS = (1024, 2048)     # widths of the matrix products that measure a CPU's peak
 
@@ -144,35 +145,43 @@ def random_data(config, steps):
     tokens = random.integers(0, max(1, bos), count, dtype=np.uint16)
     tokens[random.random(count) < 1 / DOCUMENT] = bos
     tokens[0] = bos
-    return Dataset(Path(), split_documents(tokens, bos), {}, bos, {}, {}, None, [])
+    return Dataset(Path(), split_documents(tokens, bos), {}, bos, {}, {},
+                   random_tables(config, bos, random), None, [])
+
+
+def random_tables(config, bos, random):
+    """What --spelling and --split_tokens need of tokens.npz; few features are common, as there."""
+    shape = FEATURES, config.padded_vocab
+    features = (config.vocab_size * random.random(shape) ** 4).astype(np.int64)
+    pairs = random.integers(0, max(1, bos), (config.vocab_size, 2))
+    pairs[bos] = -1
+    return {"features": features, "pairs": pairs,
+            "weights": np.full((*shape, 1), FEATURES ** -0.5, np.float32)}
 
 
 class TimedTrainer(Trainer):
     """A Trainer that adds up the seconds of its pieces while `pieces` is a dict."""
 
-    def __init__(self, config, runtime):
-        super().__init__(config, runtime)
+    def __init__(self, config, runtime, tables=None):
+        super().__init__(config, runtime, tables)
         self.pieces = None
         self.forward = self.timed(self.forward, "forward")
         self.mtp_hidden = self.timed(self.mtp_hidden, "forward")
+        self.main_loss = self.timed(self.main_loss, "loss")
+        self.mtp_loss = self.timed(self.mtp_loss, "loss")
 
     def timed(self, function, piece):
-        def run(model, *arguments):
+        """`function`, whose seconds, without those of the pieces within, are added to `piece`."""
+        def run(first, *arguments):
             if self.pieces is None:
-                return function(model, *arguments)
-            start = now(self.runtime)
-            result = function(model, *arguments)
-            name = "teacher" if model is self.teacher else piece
-            self.pieces[name] += now(self.runtime) - start
+                return function(first, *arguments)
+            start, before = now(self.runtime), sum(self.pieces.values())
+            result = function(first, *arguments)
+            name = "teacher" if first is self.teacher else piece
+            within = sum(self.pieces.values()) - before
+            self.pieces[name] += now(self.runtime) - start - within
             return result
         return run
-
-    def loss(self, hidden, targets, spec, teacher=None):
-        start = now(self.runtime) if self.pieces is not None else 0.0
-        result = super().loss(hidden, targets, spec, teacher)
-        if self.pieces is not None:
-            self.pieces["loss"] += now(self.runtime) - start
-        return result
 
 
 class Stepper:
@@ -187,7 +196,7 @@ class Stepper:
         trainer.teacher.load_state_dict(trainer.model.state_dict())
         trainer.start_member(1, config.seed)
         self.rows = Rows(data.train, config.seq_len, config.batch_rows, ENDLESS, config.seed,
-                         data.bos)
+                         data.bos, data.tables.get("pairs"), config.split_tokens)
         self.progress = trainer.stages[-1].start
         self.rates = (lr_multiplier(config, self.progress),
                       piecewise_linear(config.wd_schedule, self.progress), config.momentum)
@@ -292,9 +301,11 @@ def compare_losses(trainer, memory, repeats=PIECE_STEPS):
     """Forward and backward of chunked_loss and of naive_loss, with KD, on the same tensors."""
     config, runtime = trainer.config, trainer.runtime
     room = memory.free()
-    bytes_a_token = 4 * LOGIT_COPIES * config.padded_vocab
+    row = config.row_memory * config.seq_len
+    bytes_a_token = 4 * LOGIT_COPIES * (config.padded_vocab + row)
     fits = LOSS_TOKENS if room is None else int(LOSS_ROOM * room / bytes_a_token)
-    tokens = max(1, min(LOSS_TOKENS, fits))
+    whole = row or 1            # rows that are remembered are whole
+    tokens = max(1, min(LOSS_TOKENS, fits) // whole) * whole
     size = (tokens, config.model_dim)
     hidden = torch.randn(size, device=runtime.device).to(runtime.dtype).requires_grad_()
     weight = torch.randn(config.padded_vocab, config.model_dim, device=runtime.device)
@@ -302,7 +313,7 @@ def compare_losses(trainer, memory, repeats=PIECE_STEPS):
     targets = torch.randint(config.vocab_size, (tokens, 1), device=runtime.device)
     teacher = (torch.randn(size, device=runtime.device).to(runtime.dtype),
                weight.detach().flip(0).to(runtime.dtype))
-    spec = LossSpec(torch.ones(1, device=runtime.device), config.kd_alpha, config)
+    spec = LossSpec(torch.ones(1, device=runtime.device), config.kd_alpha, config, row)
     facts = {"tokens": tokens}
     for name, function, more in (("ours", chunked_loss, (trainer.chunk_function,)),
                                  ("naive", naive_loss, ())):
@@ -324,11 +335,12 @@ def compare_losses(trainer, memory, repeats=PIECE_STEPS):
 
 def measure_public(config, runtime, data, memory, ours):
     """Whole KD steps of the public way; {"skipped": why} when its logits do not fit."""
-    trainer = PublicTrainer(config, runtime)
+    trainer = PublicTrainer(config, runtime, data.tables)
     stepper = Stepper(trainer, data)
     losses = 1 + bool(config.mtp_weight)            # alive at the same time
     free = memory.free()
-    need = 4 * LOGIT_COPIES * losses * trainer.micro_rows * config.seq_len * config.padded_vocab
+    columns = losses * config.padded_vocab + config.row_memory * config.seq_len
+    need = 4 * LOGIT_COPIES * trainer.micro_rows * config.seq_len * columns
     short = torch.tensor([float(free is not None and need > free)], device=runtime.device)
     if runtime.all_reduce(short) > 0:               # on all processes or on none
         return {"skipped": f"its logits would take about {need / 2 ** 30:.1f} GiB, of"
@@ -429,7 +441,7 @@ def public_lines(facts):
 # ==== The command ===============================================================================
 def measure_ours(config, runtime, data, memory, steps, say):
     """All that one trainer of a run tells; it is gone, with its memory, when this returns."""
-    trainer = TimedTrainer(config, runtime)
+    trainer = TimedTrainer(config, runtime, data.tables)
     say(head_lines(trainer))
     stepper = Stepper(trainer, data)
     facts = {"micro_batch_rows": trainer.micro_rows, **measure_steps(stepper, memory, steps)}

@@ -114,7 +114,8 @@ def check_comparable(runs):
                                 " other text")
         for name in sorted(run.data.keys() | first.data.keys()):
             in_both = name in run.data and name in first.data
-            if run.data.get(name) != first.data.get(name) and (in_both or "_train_" not in name):
+            is_scored = name.endswith(".bin") and "_train_" not in name
+            if run.data.get(name) != first.data.get(name) and (in_both or is_scored):
                 raise UserError(f"{where}: {name} of their data differs (data_sha256 in"
                                 " result.json)")
 

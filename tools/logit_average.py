@@ -11,15 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from _runs import load_logp, load_member, read_result, run_tool
+from _runs import load_logp, load_member, probabilities, read_result, run_tool
 from train_gpt import (dataset_folder, load_dataset, mean_loss, mixture_logp,
                        start_runtime)
 
 
 @torch.no_grad()
 def logit_average(models, inputs, targets):
-    """log p(target) [B, T] of softmax(mean of the models' softcapped logits)."""
-    logits = sum(model.logits(model(inputs)).double() for model in models) / len(models)
+    """log p(target) [B, T] of softmax(mean of the models' logits)."""
+    logits = sum(probabilities(model, inputs).log() for model in models) / len(models)
+    targets = targets.cpu()
     return torch.log_softmax(logits, dim=-1).gather(2, targets.unsqueeze(2)).squeeze(2)
 
 

@@ -20,8 +20,8 @@ import numpy as np
 
 from _runs import ROOT, load_logp, read_result, run_tool
 from data.ngram import score_ngram
-from train_gpt import (OtherMember, UserError, dataset_folder, ensemble_curve, fit_mixture,
-                       load_dataset, result_lines, summarize, write_json)
+from train_gpt import (UserError, dataset_folder, ensemble_curve, fit_mixture, load_dataset,
+                       mean_loss, mixture_logp, result_lines, summarize, write_json)
 
 # fields of which the tokens that are trained on and scored depend
 DATA_FIELDS = ("dataset", "vocab_size", "train_tokens", "selection_tokens", "eval_tokens")
@@ -76,11 +76,21 @@ def costs(results):
             "over_time_limit": any(result["over_time_limit"] for result in results)}
 
 
+def with_ngram(members, logp, weigh):
+    """The losses, as an ensemble's curve has them, of the members and an n-gram, by score_ngram."""
+    logps = {split: [*(member[split] for member in members), logp[split]] for split in logp}
+    weights = fit_mixture(logps["selection"])
+    by_token = weigh(logps, weights)
+    losses = {f"{split}_loss_ngram": mean_loss(mixture_logp(parts, by_token[split]))
+              for split, parts in logps.items()}
+    return losses | {"weights_ngram": [round(float(weight), 4) for weight in weights]}
+
+
 def mix(folders, keep=0, final_mixture="learned", ngram_order=0):
     """The result, like a run's, of the mixture of the members of the runs in `folders`."""
     results, configs = zip(*(read_result(folder) for folder in folders))
     check_same_data(folders, results, configs)
-    config = replace(configs[0], final_mixture=final_mixture, ngram_order=ngram_order)
+    config = replace(configs[0], final_mixture=final_mixture)
     data = load_dataset(dataset_folder(config), config)
     if data.hashes != results[0]["data_sha256"]:
         raise UserError(f"{data.folder}: other data than these runs were trained on")
@@ -91,9 +101,10 @@ def mix(folders, keep=0, final_mixture="learned", ngram_order=0):
     kept = heaviest(members, keep)
     members = [members[i] for i in kept]
     facts = [facts[i] for i in kept]
-    others = {"ngram": OtherMember(*score_ngram(config, data))} if ngram_order else {}
-    curve = ensemble_curve(members, others)
-    return {**summarize(config, data, facts, curve, others), **costs(results),
+    curve = ensemble_curve(members)
+    if ngram_order:
+        curve[-1] |= with_ngram(members, *score_ngram(ngram_order, config.vocab_size, data))
+    return {**summarize(config, data, facts, curve), **costs(results),
             "runs": [str(folder) for folder in folders], "keep": keep,
             "hardware": ", ".join(sorted({result["hardware"] for result in results})),
             "config": asdict(config)}
@@ -117,7 +128,10 @@ def main():
         raise UserError(f"{out}: has a result.json already; choose another --out")
     result = mix(args.runs, args.keep, args.final_mixture, args.ngram_order)
     write_json(out / "result.json", result)
-    print("\n".join(["", *result_lines(result), f"folder           {out}"]))
+    last = result["ensemble"][-1]
+    ngram = [f"with n-gram      val loss {last['val_loss_ngram']:.4f}, selection"
+             f" {last['selection_loss_ngram']:.4f}"] if args.ngram_order else []
+    print("\n".join(["", *result_lines(result), *ngram, f"folder           {out}"]))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ from collections import Counter, namedtuple
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from _runs import run_tool
-from bench import device_peak
+from bench import FEATURES, device_peak
 from train_gpt import (GPT, PEAK_FLOPS, MuonAdamW, Rows, Runtime, UserError, hardware_name,
                        is_distilled, layer_order, make_config, micro_batch_rows, num_parameters,
                        parse_arguments, peak_flops, plan_launch, planned_flops, start_runtime,
@@ -38,6 +39,7 @@ GPU_MEMORY = {"H100 PCIe": 80, "H100 NVL": 94, "H100": 80, "H200 NVL": 141, "H20
               "RTX 4090": 24}
 OTHER_SIZES = {"A100": "there are A100 of 40 GiB", "GH200": "there are GH200 of 144 GiB"}
 ROOM = 0.9                  # of a device's memory that tensors may take
+CAN_BE_CUT = 0.83           # of the tokens of data/prose, for --split_tokens
 LEAST_CHUNK = 64            # tokens of a loss chunk, below which lowering it is no advice
 HELD_OUT = {"prose": 110_000}   # tokens of val, about, and of holdout, by dataset
 HELD_OUT_ELSE = 10_000_000      # FineWeb's, and of datasets that are not known
@@ -144,17 +146,20 @@ def mask_bytes(config):
 
 
 # ==== Loss ======================================================================================
-def loss_bytes(config, sizes, has_teacher):
-    """What chunked_loss takes at most, its gradients included."""
+def loss_bytes(config, sizes, has_teacher, row=0):
+    """What chunked_loss takes at most, its gradients included; row: tokens that are remembered."""
     n = min(config.loss_chunk, sizes.tokens)
-    logits = 4 * n * config.padded_vocab                    # fp32 [n, V]
+    logits = 4 * n * (config.padded_vocab + row)            # fp32 [n, V + row]
     weight = config.model_dim * config.padded_vocab
-    kept = 4 + bool(config.softcap)     # logits, log p, wanted, gradient; slope of the cap
-    within = kept + 2                   # gradient times slope, where it counts
-    after = kept - 1 + sizes.item / 4   # the gradient in the dtype
+    tokens = 2 * bool(row)              # what each column stands for, int64
+    kept = 4 + bool(config.softcap)     # logits, log p, that of the right; gradient, capped logits
+    within = kept + 2 + tokens          # two more p and their difference, or slope of the cap
+    after = kept + tokens               # and the gradient in the dtype
+    if config.softcap or sizes.item < 4:
+        after += sizes.item / 4
     if has_teacher:     # teacher's logits and log p, its p, difference, two products
-        within = kept + 6 + (config.kd_temperature != 1)
-        after += 2                      # teacher's logits, gradient of KL
+        within = 10 + 2 * tokens + (config.kd_temperature != 1)
+        after += 2 + tokens             # teacher's logits, gradient of KL
     earlier = weight * sizes.item * (sizes.tokens > n)      # gradient of the chunk before
     chunk = max(within * logits, after * logits + weight * sizes.item)
     gradients = sizes.hidden + 4 * weight                   # for hidden states and for the head
@@ -179,6 +184,11 @@ def muon_temporaries(p, config, item):
     return max(polar, update * whole)
 
 
+def strings_bytes(config):
+    """The tables that --spelling needs, on the device."""
+    return (8 + 4) * FEATURES * config.padded_vocab * bool(config.spelling)
+
+
 def optimizer_bytes(groups, config, item, rank):
     """(state, temporaries at most) of MuonAdamW.step on process `rank`."""
     state = copies = temporaries = 0
@@ -191,17 +201,25 @@ def optimizer_bytes(groups, config, item, rank):
         if group.owner == rank:
             state += 4 * sum(part.numel() for part in group.new_state().values())
             made = 3 * whole                # AdamW: the root, a quotient, a product
+            if group.row.optimizer == "spelled":
+                made = 5 * whole            # that, of features: their gradients and updates, too
             if group.kind.stacked:
                 made = muon_temporaries(p, config, item)
         temporaries = max(temporaries, copies + made)
     return state, temporaries
 
 
+def no_tables(config):
+    """Of tokens.npz, as large as they would be: nothing depends on what they hold."""
+    shape = FEATURES, config.padded_vocab
+    return {"features": np.zeros(shape, np.int64), "weights": np.zeros((*shape, 1), np.float32)}
+
+
 def fullest_process(config, world_size, dtype):
     """(optimizer state, temporaries) of the process that has most of both."""
     with torch.device("meta"):
         named = meta_model(config).named_parameters()
-        groups = MuonAdamW(named, config, Runtime(0, world_size)).groups
+        groups = MuonAdamW(named, config, Runtime(0, world_size), no_tables(config)).groups
         return max((optimizer_bytes(groups, config, dtype.itemsize, rank)
                     for rank in range(world_size)), key=sum)
 
@@ -213,7 +231,7 @@ def fixed_parts(config, world_size, dtype):
     count = num_parameters(meta_model(config))
     return {"weights": 4 * count, "optimizer state": state,
             "teacher": dtype.itemsize * count * bool(config.kd_alpha),
-            "masks": mask_bytes(config)}, temporaries
+            "masks": mask_bytes(config), "strings of tokens": strings_bytes(config)}, temporaries
 
 
 def plastic_bytes(config):
@@ -265,7 +283,8 @@ def stage_phases(config, world_size, dtype, stage):
     has_teacher = is_distilled(config, config.num_models)
     trunk = trunk_bytes(config, sizes, stage)
     mtp = mtp_bytes(config, sizes) if config.mtp_weight else 0
-    loss = loss_bytes(config, sizes, has_teacher) + sizes.hidden * has_teacher
+    row = config.row_memory * config.seq_len
+    loss = loss_bytes(config, sizes, has_teacher, row) + sizes.hidden * has_teacher
     phases = {"loss": gradients | {"activations": trunk, "loss": loss}}
     if has_teacher:
         phases["teacher"] = gradients | {
@@ -319,7 +338,7 @@ def fitting(config, device, room):
         size //= 2
         trials.append({"device_batch_size": size})
     chunk = 1 << (config.loss_chunk - 1).bit_length()
-    while chunk > LEAST_CHUNK:
+    while chunk > LEAST_CHUNK and not config.row_memory:        # else a chunk is a whole row
         chunk //= 2
         trials.append({"device_batch_size": 1, "loss_chunk": chunk})
     for trial in trials:
@@ -416,7 +435,7 @@ def member_lines(config, tokens, device):
     """A line for each kind of member: steps, FLOPs, hours."""
     flops = planned_flops(config, tokens)
     numbers = range(1, config.num_models + 1)
-    kinds = Counter((config.rows_of(n), is_distilled(config, n), flops[n - 1]) for n in numbers)
+    kinds = Counter((config.batch_rows, is_distilled(config, n), flops[n - 1]) for n in numbers)
     lines = []
     for (rows, distilled, count), members in kinds.items():
         # a range is a document of as many tokens
@@ -499,7 +518,8 @@ def fit_lines(config, device):
         return [*lines, head.format("NO"), f"          it does with {lower}"]
     fixed, _ = fixed_parts(config, device.processes, device.dtype)
     alone = total(fixed) + fixed["weights"]     # gradients are as large
-    least = replace(config, device_batch_size=1, loss_chunk=min(config.loss_chunk, LEAST_CHUNK))
+    chunk = max(LEAST_CHUNK, config.row_memory * config.seq_len)
+    least = replace(config, device_batch_size=1, loss_chunk=min(config.loss_chunk, chunk))
     least = peak_bytes(least, device.processes, device.dtype)
     return [*lines, head.format("NO"), "          no device_batch_size fits: weights, gradients and"
             f" optimizer alone take {amount(alone)},",
@@ -513,6 +533,7 @@ def plan_lines(config, device):
     if tokens < 2:
         raise UserError(f"--train_tokens={config.train_tokens}: too few; more than"
                         f" --selection_tokens={config.selection_tokens} are needed")
+    tokens += round(CAN_BE_CUT * config.split_tokens * tokens)
     return [f"plan      {config.track} on {device.name}: {device.processes} process(es); nothing is"
             " trained, no dataset is read",
             *model_lines(config, tokens), *member_lines(config, tokens, device),

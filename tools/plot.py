@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from _runs import load_member, read_result, run_tool
-from train_gpt import (UserError, data_efficiency, dataset_folder, equivalent_tokens, load_dataset,
-                       num_parameters, start_runtime)
+from _runs import load_member, probabilities, read_result, run_tool
+from train_gpt import (BASELINES, UserError, data_efficiency, dataset_folder, equivalent_tokens,
+                       load_dataset, num_parameters, start_runtime)
 
 # told apart without colour too: each run has a line style, a marker and a lightness of its own
 COLOURS = ("#1b3a6b", "#d1662b", "#4f9d69", "#b98bc9", "#8c8c8c", "#e0b13c")
@@ -133,7 +133,7 @@ def draw_ensemble(axes, runs):
             alone = [member["val_loss"] for member in run.result["members"]]
             axes.plot(range(1, len(alone) + 1), alone, "x", color="black", label="member n alone")
             shown = {"uniform": "val_loss", "learned": "val_loss_learned",
-                     **{f"with {name}": f"val_loss_{name}" for name in run.result["others"]}}
+                     "with n-gram": "val_loss_ngram"}
             styles = zip(shown.items(), COLOURS, LINES, MARKERS)
             for (name, loss), colour, line, marker in styles:
                 points = [(p["n"], p[loss]) for p in curve if loss in p]
@@ -157,7 +157,8 @@ def draw_efficiency(axes, runs):
     if not curves:
         return say(axes, "no baseline curve of this data:\ntools/baseline.py measures one")
     for kind, line, label in (("one_epoch", "-", "plain model, one epoch"),
-                              ("tuned", "--", "plain model, tuned")):
+                              ("tuned", "--", "plain model, tuned"),
+                              ("single", ":", "one such member, tuned")):
         if curves.get(kind):
             axes.plot(*zip(*curves[kind]), color=COLOURS[4], ls=line, marker=".", label=label)
     for run in runs:
@@ -165,13 +166,14 @@ def draw_efficiency(axes, runs):
         if run.result:
             loss, tokens = run.result["val_loss"], run.result["train_tokens"]
             found = data_efficiency(loss, curves, tokens)
-            times = f"{run.label}: {found['one_epoch']}x, {found['tuned']}x"
+            times = f"{run.label}: " + ", ".join(f"{found[kind]}x" for kind in BASELINES
+                                                 if curves.get(kind))
             axes.plot(tokens, loss, marker, color=colour, ms=8,
                       label=times if len(runs) > 1 else f"this run: {loss:.4f}")
             if len(runs) == 1:
                 draw_multiples(axes, loss, tokens, curves, found, colour)
     axes.set(xlabel="training tokens", ylabel="val " + NATS, xscale="log")
-    points = [*(curves.get("one_epoch") or []), *(curves.get("tuned") or [])]
+    points = [point for kind in BASELINES for point in curves.get(kind) or []]
     ticks = []
     for tick in sorted({tokens for tokens, _ in points}):
         if not ticks or tick >= 1.5 * ticks[-1]:        # labels need room
@@ -190,8 +192,8 @@ def as_tokens(count):
 
 
 def draw_multiples(axes, loss, tokens, curves, found, colour):
-    """Lines from a run's point to the two curves, each with its multiple, of data_efficiency."""
-    for kind, above in (("tuned", -1), ("one_epoch", 1)):
+    """Lines from a run's point to the curves, each with its multiple, of data_efficiency."""
+    for kind, above in (("single", -1), ("tuned", -1), ("one_epoch", 1)):
         if not curves.get(kind):
             continue
         there, _ = equivalent_tokens(loss, curves[kind])
@@ -251,7 +253,7 @@ def confidences(run, tokens, said):
             work = 2 * num_parameters(model) * tokens * len(run.result["members"])
             if work > MAX_FLOPS and runtime.device.type == "cpu":
                 raise UserError(f"{work:.0e} FLOPs are too many for a CPU")
-            p = torch.cat([probabilities(model, text, row, config, runtime)
+            p = torch.cat([row_probabilities(model, text, row, config, runtime)
                            for row in range(max(1, count))])
             mixed = mixed + p
             found.setdefault("member 1", p)
@@ -266,11 +268,11 @@ def confidences(run, tokens, said):
             {name: (top.indices == targets).numpy() for name, top in best.items()})
 
 
-def probabilities(model, text, row, config, runtime):
-    """p of the tokens after those of row `row` of `text`, fp32 [T, vocab_size]."""
+def row_probabilities(model, text, row, config, runtime):
+    """p of the tokens after those of row `row` of `text`, fp64 [T, vocab_size]."""
     inputs = text[row * config.seq_len:(row + 1) * config.seq_len][:len(text) - 1]
     inputs = inputs[:len(text) - 1 - row * config.seq_len].unsqueeze(0).to(runtime.device)
-    return torch.softmax(model.logits(model(inputs))[0].float(), dim=1).cpu()
+    return probabilities(model, inputs)[0]
 
 
 def reliability(confidence, correct):

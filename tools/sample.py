@@ -3,7 +3,8 @@
     python tools/sample.py runs/ID
     python tools/sample.py runs/ID --prompt="It was" --count=200 --temperature=1 --member=2
 
-Needs the run's folder and the meta.json and ranks file of its dataset; a prompt also needs tiktoken.
+Needs the run's folder and the meta.json and ranks file of its dataset; a prompt also needs
+tiktoken.
 """
 import argparse
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from _runs import load_member, read_result, run_tool
-from train_gpt import UserError, dataset_folder, read_meta, read_ranks, start_runtime
+from _runs import load_member, probabilities, read_result, run_tool
+from data.token_tables import read_ranks
+from train_gpt import UserError, dataset_folder, read_meta, read_token_tables, start_runtime
 
 TEMPERATURE = 0.8
 
@@ -39,8 +41,7 @@ def generate(model, tokens, count, temperature=TEMPERATURE, seed=1):
     device = model.wte.weight.device
     for _ in range(count):
         context = torch.tensor([tokens[-model.config.seq_len:]], device=device)
-        logits = model.logits(model(context)[:, -1])[0].double().cpu()
-        p = torch.softmax(logits / temperature, dim=0)
+        p = probabilities(model, context, temperature)[0, -1]
         token = int(torch.multinomial(p, 1, generator=generator))
         if token == bos:
             break
@@ -72,9 +73,15 @@ def main():
         raise UserError(f"--member={args.member}: the run has {len(result['members'])} member(s)")
     dataset = dataset_folder(config)
     meta, _ = read_meta(dataset)
-    ranks, sha256 = read_ranks(dataset, meta)
-    if result["data_sha256"].get("ranks", sha256) != sha256:
-        raise UserError(f"{dataset}: its ranks are not those that {args.run} was trained with")
+    path = dataset / str(meta.get("ranks", "ranks.tiktoken"))
+    try:
+        ranks = read_ranks(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no ranks to decode tokens with ({error.args[-1]})") from None
+    _, found = read_token_tables(dataset, config)
+    held = result["data_sha256"]
+    if any(held.get(name, sha256) != sha256 for name, sha256 in found.items()):
+        raise UserError(f"{dataset}: its tokens are not those that {args.run} was trained with")
     member = args.member or best_member(result["members"])
     model = load_member(args.run, member, config, start_runtime(config))
     tokens = [meta["bos_id"]]

@@ -34,8 +34,8 @@ import torch
 
 from _runs import ROOT, compared, run_tool
 from compare import compare_groups, compare_one, kind_of, read_run
-from train_gpt import (FIELDS, UserError, check_name, make_config, minutes, parse_arguments,
-                       plan_launch, run_name, source_files)
+from train_gpt import (FIELDS, SOURCE, UserError, check_name, make_config, minutes, parse_arguments,
+                       plan_launch, run_name)
 
 OPTIONS = ("seeds", "jobs", "out", "rows", "one_at_a_time")
 OWN = ("run_id", "runs_dir", "seed")        # fields that the sweep sets itself
@@ -173,10 +173,7 @@ def jobs_of(settings, seeds, out):
 
 def default_out():
     """sweep_ and seven digits that tell sources apart."""
-    total = hashlib.sha256()
-    for path in source_files(make_config("cpu", ngram_order=4)).values():
-        total.update(path.read_bytes())
-    return f"sweep_{total.hexdigest()[:7]}"
+    return f"sweep_{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:7]}"
 
 
 def is_done(job):
