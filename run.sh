@@ -42,11 +42,9 @@ if ! cmp -s requirements.txt .venv/requirements.txt; then
 fi
 install requirements.txt
 python=.venv/bin/python
-# OpenMP threads that wait spin a little, but not long enough to steal the cores of others; memory
-# that is freed stays with the process, instead of being zeroed for it again (glibc)
+# OpenMP threads that wait spin a little, but not long enough to steal the cores of others: as
+# train_gpt.py has it, for the tools too
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-5000}"
-export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}"
-export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1073741824}"
 # seconds that torchrun leaves its processes to save their state when it is told to stop, not 30
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
 

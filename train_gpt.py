@@ -23,6 +23,7 @@ import copy
 import ctypes
 import difflib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -153,7 +154,7 @@ class Config:
     matrix_lr: float = opt(0.01, "Muon, matrices of the blocks", cpu=0.04, tiny=0.032)
     embed_lr: float = opt(0.0375, "AdamW, embedding", cpu=0.1, tiny=0.12)
     head_lr: float = opt(0.0005, "AdamW, output head", cpu=0.003, tiny=0.0008)
-    head_shared_lr: float = opt(0.0002, "AdamW, it, what strings have in common", cpu=0.003)
+    head_shared_lr: float = opt(0.0002, "AdamW, head, what strings have in common", cpu=0.003)
     x0_lr: float = opt(0.025, "AdamW, the a of x0_init", cpu=0.02, tiny=0.2)
     scalar_lr: float = opt(0.00025, "AdamW, r of resid_init; skips", cpu=0.002, tiny=0.002)
     gate_lr: float = opt(0, "AdamW, attention gates; 0: Muon, as matrices", tiny=0.2)
@@ -427,7 +428,7 @@ def start_runtime(config):
     torch._dynamo.config.recompile_limit = 64       # stages, and a teacher; beyond it is eager
     if kind == "cuda":
         choose_attention(runtime, config.compile_model)
-    if kind == "cpu":           # 0.75 of a step's time: glibc keeps what is freed
+    if kind == "cpu":           # glibc keeps what is freed: 0.75 of a step's time
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).mallopt(-3, 2 ** 25)          # M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)      # M_TRIM_THRESHOLD
@@ -610,7 +611,8 @@ def read_token_tables(folder, config):
     if not path.exists() and not config.spelling and not config.split_tokens:
         return {}, {}
     try:
-        tables = {name: np.load(path)[name] for name in ("bytes", "pairs", "features", "weights")}
+        with np.load(path) as held:
+            tables = {name: held[name] for name in ("bytes", "pairs", "features", "weights")}
         if len(tables["bytes"]) != config.vocab_size:
             raise ValueError(f"of {len(tables['bytes'])} tokens, not {config.vocab_size}")
         return tables, {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -1182,7 +1184,7 @@ def initialize(p, kind, value, generator):
 
 # What an update has beside parameters, gradients and state: learning rate, weight decay, the
 # step (from 1), Muon's momentum, AdamW's betas, the Config, the dtype of matrix products, and
-# those of spelling_features.
+# features and weights of tokens.npz.
 Rates = namedtuple("Rates", "lr shared_lr weight_decay step momentum betas config dtype features")
 
 def polar_express(x):
@@ -1750,9 +1752,8 @@ def result_lines(result):
     bpb = f"{result['val_bpb']:.4f}" if result["val_bpb"] else "n/a"
     chosen_on = result.get("selection_loss")        # results of earlier versions have none
     selection = f", selection {chosen_on:.4f}" if chosen_on else ""
-    found = result["data_efficiency"]
-    multiples = [f"{found[kind]}x {name}" for kind, name in BASELINES.items()
-                 if found.get(kind, "n/a") != "n/a"]
+    multiples = [f"{value}x {BASELINES[kind]}" for kind, value in result["data_efficiency"].items()
+                 if kind in BASELINES and value != "n/a"]
     times = ", ".join(f"{kind} {minutes(result[f'{kind}_seconds'])}"
                       for kind in ("train", "compile", "eval", "wall"))
     over = "; OVER the track's time limit" if result["over_time_limit"] else ""
@@ -1803,7 +1804,7 @@ class Trainer:
         self.optimizer = None
         self.forward = runtime.compiled(GPT.forward, config.compile_model)
         self.mtp_hidden = runtime.compiled(GPT.mtp_hidden, config.compile_model)
-        self.chunk_function = runtime.compiled(loss_chunk)
+        self.loss = functools.partial(chunked_loss, chunk_function=runtime.compiled(loss_chunk))
         self.logprobs = runtime.compiled(target_logprobs)
         self.stages = training_stages(config)
         self.specs = {stage: self.model.specs(stage) for stage in self.stages}
@@ -1913,16 +1914,15 @@ class Trainer:
             teacher = (taught, self.teacher.head.weight.to(self.runtime.dtype))
         ahead = [shift(targets, j) for j in range(len(plan.loss.target_weights))]
         ahead = torch.stack(ahead, dim=2).flatten(0, 1)
-        return chunked_loss(hidden.flatten(0, 1), self.model.head.weight, ahead, teacher,
-                            plan.loss, self.chunk_function)
+        return self.loss(hidden.flatten(0, 1), self.model.head.weight, ahead, teacher, plan.loss)
 
     def mtp_loss(self, hidden, inputs, targets, plan):
         """CE of the second next token of a row, by one more block (slowrun #65)."""
         following = torch.cat((inputs[:, 1:], targets[:, -1:].clamp(min=0)), dim=1)
         ahead = self.mtp_hidden(self.model, hidden, following, plan.specs)
         spec = LossSpec(torch.ones(1, device=targets.device), 0.0, self.config)
-        loss, _ = chunked_loss(ahead.flatten(0, 1), self.model.head.weight,
-                               shift(targets, 1).view(-1, 1), None, spec, self.chunk_function)
+        loss, _ = self.loss(ahead.flatten(0, 1), self.model.head.weight,
+                            shift(targets, 1).view(-1, 1), None, spec)
         weight = (1 - plan.loss.alpha) * self.config.mtp_weight
         return weight * loss * (plan.num_targets / plan.num_second)
 

@@ -31,7 +31,7 @@ for needed in (ROOT, ROOT / "data"):        # for who runs this as a script
     sys.path.insert(0, str(needed))
 
 import train_gpt  # noqa: E402
-from helpers import last_of_each, make_dataset  # noqa: E402
+from helpers import PLAIN, last_of_each, make_dataset  # noqa: E402
 
 SMALL = ["--preset=toy", "--device=cpu", "--dtype=float32", "--vocab_size=100", "--seq_len=32",
          "--train_tokens=1500", "--selection_tokens=200", "--eval_tokens=0", "--model_dim=32",
@@ -43,7 +43,7 @@ RUN = [*SMALL, "--track=cpu", "--num_models=3", "--kd_alpha=0.5", "--continue_me
        "--average=weights", "--average_epochs=2", "--num_epochs=2", "--num_layers=2",
        "--batch_rows=8", "--dropout=0.1", "--log_steps=2", "--save_minutes=0.00001"]
 VARIANTS = ([], ["--average=probs", "--continue_members=false"],
-            ["--spelling=false", "--split_tokens=0", "--row_memory=false", "--loss_chunk=40"])
+            [*PLAIN, "--loss_chunk=40"])
 LIMIT = 120         # seconds that a launch may take
 
 
@@ -243,7 +243,7 @@ def assert_same(one, other, tolerance=0.0):
 def chaos(folder, kills, processes, seed):
     """Runs that are killed until `kills` is reached; AssertionError if one ends otherwise."""
     source = random.Random(seed)
-    data = make_dataset(folder / "small", tables=True)
+    data = make_dataset(folder / "small")
     seconds, done, rounds = {}, 0, 0
     while done < kills:
         variant = rounds % len(VARIANTS)

@@ -34,6 +34,7 @@ TOY = ["--preset=toy", "--device=cpu"]
 # a second or so in this process: 13 steps a member
 TINY = [*TOY, "--dtype=float32", "--num_layers=2", "--batch_rows=4", "--num_epochs=1",
         "--train_tokens=5000", "--eval_tokens=500", "--log_steps=1"]
+PLAIN = ["--spelling=false", "--split_tokens=0", "--row_memory=false"]
 CPU = torch.device("cpu")
 VOCAB, BOS = 100, 99            # of the small models and datasets below
 needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")),

@@ -17,7 +17,8 @@ import torch
 
 import shards
 import token_tables
-from helpers import BOS, ROOT, TOY, VOCAB, main, make_dataset, python, small_ranks, small_tables
+from helpers import (BOS, PLAIN, ROOT, TOY, VOCAB, main, make_dataset, python, small_ranks,
+                     small_tables)
 from train_gpt import (Rows, UserError, count_tokens, cut_documents, cut_selection, dataset_folder,
                        drop_held_out, ensemble_curve, load_dataset, make_config, read_meta,
                        read_shard, read_token_tables, split_documents, summarize)
@@ -669,7 +670,7 @@ def test_tables_are_read_with_their_hash(tmp_path):
     (be(lambda held: held[:100]), "")], ids=[
         "missing", "directory", "dangling", "unreadable", "noise", "empty", "truncated"])
 def test_tables_that_cannot_be_read(changes, spoil, says, tmp_path):
-    """Bits per byte are unknown without; who needs them, or has damaged ones, is told what helps."""
+    """Bits per byte are unknown without; who needs them, or has damaged ones, is told of a way."""
     folder = make_dataset(tmp_path / "small", tables=True)
     path = folder / "tokens.npz"
     spoil(path)
@@ -716,8 +717,7 @@ def test_token_tables_of_a_folder_that_lacks_something(name, text, dataset):
 # ==== As a user meets it ========================================================================
 def test_check_refuses_a_dataset_in_one_line(dataset):
     sizes = [f"--{name}={value}" for name, value in SIZES.items()]
-    arguments = ["check", "--track=cpu", *TOY, *sizes, "--spelling=false", "--split_tokens=0",
-                 f"--dataset={dataset}"]
+    arguments = ["check", "--track=cpu", *TOY, *sizes, *PLAIN, f"--dataset={dataset}"]
     assert main(*arguments)[0] == 0
     for name in ("small_train_000000.bin", "small_holdout_000000.bin", "meta.json"):
         sound = (dataset / name).read_bytes()

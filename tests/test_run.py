@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import train_gpt
 from helpers import (
-    ROOT, SCRIPT, TINY, TOY, VOCAB, clean_environment, last_of_each, logits_of, losses, main,
+    PLAIN, ROOT, SCRIPT, TINY, TOY, VOCAB, clean_environment, last_of_each, logits_of, losses, main,
     make_dataset, python, read_run, saved_logps, torchrun, train)
 from shards import read_shard
 from train_gpt import GPT, Log, as_text, make_config
@@ -49,9 +49,6 @@ def declared_number(run):
 
 def files(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-PLAIN = ["--spelling=false", "--split_tokens=0", "--row_memory=false"]
 
 
 # ==== A whole run on prose, in a process of its own =============================================
@@ -304,7 +301,7 @@ def small_settings(dataset):
 def spelled(tmp_path_factory):
     """The same on the same words, with tokens.npz; rows that remember, of cut tokens whose strings
     are alike."""
-    dataset = make_dataset(tmp_path_factory.mktemp("data") / "spelled", tables=True)
+    dataset = make_dataset(tmp_path_factory.mktemp("data") / "spelled")
     return [*small_settings(dataset), *BY_STRINGS]
 
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from train_gpt import (OPTIMIZERS, LossSpec, Rates, Trainer, add_sums, capped_logits, find_row,
-                       parameter_table, shift, token_logits)
+from train_gpt import (OPTIMIZERS, Rates, Trainer, add_sums, capped_logits, find_row,
+                       parameter_table, token_logits)
 
 NOTHING = -1e30         # the logit of what cannot come, of which autograd makes no NaN
 
@@ -96,28 +96,8 @@ class PublicTrainer(Trainer):
 
     def __init__(self, config, runtime, tables=None):
         super().__init__(config, replace(runtime, attention="sdpa"), tables)
+        self.loss = naive_loss
         self.last_loss = 0.0
-
-    def main_loss(self, hidden, inputs, targets, plan):
-        """As Trainer.main_loss, from all logits at once."""
-        teacher = None
-        if plan.loss.alpha:
-            with torch.no_grad():
-                taught = self.forward(self.teacher, inputs, self.last_specs).flatten(0, 1)
-            teacher = (taught, self.teacher.head.weight.to(self.runtime.dtype))
-        ahead = [shift(targets, j) for j in range(len(plan.loss.target_weights))]
-        return naive_loss(hidden.flatten(0, 1), self.model.head.weight,
-                          torch.stack(ahead, dim=2).flatten(0, 1), teacher, plan.loss)
-
-    def mtp_loss(self, hidden, inputs, targets, plan):
-        """As Trainer.mtp_loss, from all logits at once."""
-        following = torch.cat((inputs[:, 1:], targets[:, -1:].clamp(min=0)), dim=1)
-        ahead = self.mtp_hidden(self.model, hidden, following, plan.specs).flatten(0, 1)
-        spec = LossSpec(torch.ones(1, device=targets.device), 0.0, self.config)
-        loss, _ = naive_loss(ahead, self.model.head.weight, shift(targets, 1).view(-1, 1), None,
-                             spec)
-        weight = (1 - plan.loss.alpha) * self.config.mtp_weight
-        return weight * loss * (plan.num_targets / plan.num_second)
 
     def backward(self, inputs, targets, plan):
         """As Trainer.backward, but the loss is read after each micro-batch."""

@@ -83,9 +83,7 @@ def measure_baseline(config, overrides):
     budgets = [m * config.train_tokens for m in MULTIPLES if m * config.train_tokens <= available]
     few = [tokens for tokens in budgets if tokens <= TUNED_UP_TO * config.train_tokens]
     runs = Runs(plain(config), runtime, log)
-    chosen = {"one_epoch": [min((runs.measure(tokens, 1, USUAL_WEIGHT_DECAY, values)
-                                 for values in product((True, False), repeat=len(TRIED))),
-                                key=lambda run: run["selection"]) for tokens in budgets],
+    chosen = {"one_epoch": [read_once(runs, tokens) for tokens in budgets],
               "tuned": tune(runs, few, FIRST_GUESS, TRIED)}
     runs = Runs(single(config), runtime, log)
     guess = config.num_epochs, config.weight_decay, tuple(getattr(config, name) for name in TRIED)
@@ -103,6 +101,13 @@ def measure_baseline(config, overrides):
     for kind, curve in curves.items():
         log.say(f"{kind:<10} {curve}")
     log.say(f"stored in {dataset / 'meta.json'} after {minutes(time.perf_counter() - start)}")
+
+
+def read_once(runs, tokens):
+    """The best run of one epoch with the usual weight decay, over the values of TRIED."""
+    tries = [runs.measure(tokens, 1, USUAL_WEIGHT_DECAY, values)
+             for values in product((True, False), repeat=len(TRIED))]
+    return min(tries, key=lambda run: run["selection"])
 
 
 def tune(runs, budgets, guess, flipped=()):

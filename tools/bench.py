@@ -33,7 +33,7 @@ import torch
 
 from _runs import ROOT, config_from_arguments, run_tool
 from _public_step import PublicTrainer, naive_loss
-from train_gpt import (Dataset, LossSpec, Rows, Trainer, UserError, chunked_loss, hardware_name,
+from train_gpt import (Dataset, LossSpec, Rows, Trainer, UserError, hardware_name,
                        lr_multiplier, peak_flops, percent, piecewise_linear, split_documents,
                        start_runtime)
 
@@ -315,11 +315,10 @@ def compare_losses(trainer, memory, repeats=PIECE_STEPS):
                weight.detach().flip(0).to(runtime.dtype))
     spec = LossSpec(torch.ones(1, device=runtime.device), config.kd_alpha, config, row)
     facts = {"tokens": tokens}
-    for name, function, more in (("ours", chunked_loss, (trainer.chunk_function,)),
-                                 ("naive", naive_loss, ())):
-        def work(function=function, more=more):
+    for name, function in (("ours", trainer.loss), ("naive", naive_loss)):
+        def work(function=function):
             hidden.grad = weight.grad = None
-            function(hidden, weight, targets, teacher, spec, *more)[0].backward()
+            function(hidden, weight, targets, teacher, spec)[0].backward()
         work()
         seconds = []
         while len(seconds) < (repeats if sum(seconds) < SLOW_STEP else 1):
