@@ -43,7 +43,7 @@ from typing import NamedTuple
 
 SOURCE = Path(__file__).resolve()
 ROOT = SOURCE.parent
-TRACK_NAMES = ("cpu", "mini", "tiny", "limited", "two_hour", "unlimited")
+TRACK_NAMES = ("cpu", "cpu_long", "mini", "tiny", "limited", "two_hour", "unlimited")
 
 # ==== Settings ==========================================================================
 def opt(default, meaning, *choices, least=None, most=1e15, toy=None, **tracks):
@@ -62,10 +62,10 @@ def teeth(first, epochs):
 @dataclass(frozen=True)
 class Config:
     """Every tunable number of a run: the default, then the tracks in which it is another.
-    To change a track, edit what the field's line says of it. 0, False and () are off. Schedules
-    are points (progress, value), linear in between; progress is the part of a member's steps
-    that is done. limited (1 hour on 8 H100; slowrun #98), tiny (15 minutes; #99), two_hour (#96)
-    and unlimited (one node's chain of #90) are the NanoGPT Slowrun's; cpu and mini ours."""
+    0, False and () are off. Schedules are points (progress, value), linear in between; progress
+    is the part of a member's steps that is done. limited (1 hour on 8 H100; slowrun #98), tiny
+    (15 minutes; #99), two_hour (#96) and unlimited (one node's chain of #90) are the NanoGPT
+    Slowrun's; cpu, cpu_long (cpu's values, but for those of its own) and mini are ours."""
     track: str = opt("", "its name")
     preset: str = opt("", "toy: shrink any track to seconds on a CPU", "", "toy")
     run_id: str = opt("", "name of the folder under runs_dir; empty: by track, fields, seed")
@@ -74,9 +74,9 @@ class Config:
     device: str = opt("auto", "auto: the first there is", "auto", "cuda", "mps", "cpu")
     dtype: str = opt("auto", "auto: bf16 if it is fast", "auto", "bfloat16", "float32")
     compile: bool = opt(True, "use torch.compile (where a compiler is found)")
-    compile_model: bool = opt(True, "the model too, not the loss only", cpu=False)
-    time_limit: float = opt(0, "minutes of training that the track allows", cpu=6, mini=15,
-                            tiny=15, limited=60, two_hour=120, unlimited=4800)
+    compile_model: bool = opt(True, "the model too, not the loss only", cpu=False, cpu_long=True)
+    time_limit: float = opt(0, "minutes of training that the track allows", cpu=6, cpu_long=60,
+                            mini=15, tiny=15, limited=60, two_hour=120, unlimited=4800)
     log_steps: int = opt(5, "steps between readings of the loss, for metrics.jsonl")
     save_minutes: float = opt(15, "minutes between states to go on from; 0: at ends only")
     allow_changed: bool = opt(False, "go on though settings, source or data have changed")
@@ -91,13 +91,13 @@ class Config:
     eval_tokens: int = opt(0, "tokens of val and of holdout that are scored; 0: all")
     split_tokens: float = opt(0, "part of the input tokens that are cut in two", most=1, cpu=0.14)
     vocab_size: int = opt(50257, "tokens of the dataset's vocabulary", cpu=2048, toy=2048)
-    seq_len: int = opt(2048, "tokens a row", cpu=256, mini=1024, toy=64)
-    batch_rows: int = opt(256, "rows a step, over all devices", cpu=8, mini=64, toy=16)
+    seq_len: int = opt(2048, "tokens a row", cpu=256, cpu_long=1024, mini=1024, toy=64)
+    batch_rows: int = opt(256, "rows a step, over all devices", cpu=8, cpu_long=2, mini=64)
     device_batch_size: int = opt(4, "rows of a micro-batch",
-                                 cpu=8, mini=32, tiny=32, unlimited=2, toy=4)
+                                 cpu=8, cpu_long=2, mini=32, tiny=32, unlimited=2, toy=4)
 
     # ---- members and ensemble
-    num_models: int = opt(1, "members, in turn", cpu=4, mini=4, unlimited=96, toy=4)
+    num_models: int = opt(1, "members, in turn", cpu=4, cpu_long=10, mini=4, unlimited=96, toy=4)
     num_epochs: int = opt(11, "passes over the data, each member", cpu=12, mini=16, tiny=15,
                           two_hour=22, unlimited=2, toy=2)
     kd_alpha: float = opt(0, "distillation loss", most=1, cpu=0.5, mini=0.5, unlimited=0.45)
@@ -184,7 +184,7 @@ class Config:
     dropout: float = opt(0.1, "after output projections", most=1, cpu=0, limited=0.05)
     mlp_dropout: bool = opt(True, "after the MLP's too", tiny=False)
     stochastic_depth: float = opt(0, "of the last block; linear", most=1, two_hour=0.05)
-    loss_chunk: int = opt(2048, "tokens whose logits are in memory", cpu=512)
+    loss_chunk: int = opt(2048, "tokens whose logits are in memory", cpu=512, cpu_long=1024)
 
     @property
     def padded_vocab(self):
@@ -198,7 +198,8 @@ class Config:
 FIELDS = {f.name: f for f in fields(Config)}
 TRACKS = {track: {name: f.metadata["tracks"][track] for name, f in FIELDS.items()
                   if track in f.metadata["tracks"]} for track in TRACK_NAMES}
-TOY = dict(dataset="data/prose", eval_tokens=2_000, compile=False)     # and what `toy` limits
+TRACKS["cpu_long"] = TRACKS["cpu"] | TRACKS["cpu_long"]
+TOY = dict(dataset="data/prose", eval_tokens=2_000, batch_rows=16, compile=False)  # and `toy`
 FREE = ("run_id", "runs_dir", "save_minutes", "allow_changed", "hang_minutes", "time_limit",
         "device_batch_size", "loss_chunk")      # that change no more than rounding
 ADAM_EPS = 1e-10            # added to the root of AdamW's second moment
@@ -1489,9 +1490,8 @@ def run_name(config, overrides):
     return f"{name}_seed{config.seed}"
 
 def claim(config, overrides, hashes, runtime):
-    """(folder, whether it had a run, lines on what has changed now, lines on all that has, the
-    lock to hold on to). UserError, on all processes, if another one is at it or the run was begun
-    otherwise."""
+    """(folder, whether it had a run, lines on what has changed now, on all that has, the lock to
+    hold on to). UserError, on all processes, if another is at it or the run was begun otherwise."""
     answer, lock = [None], None
     if runtime.is_main:
         folder = ROOT / config.runs_dir / (config.run_id or run_name(config, overrides))

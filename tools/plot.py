@@ -1,4 +1,5 @@
-"""Pictures of runs: losses by epoch, the ensemble, data efficiency, calibration.
+"""Pictures of runs: losses by epoch, the ensemble, data efficiency, calibration; of several runs
+also loss by time.
 
     python tools/plot.py runs/ID                      runs/ID/plot.png
     python tools/plot.py runs/A runs/B --out=ab.png   several runs in one picture
@@ -146,6 +147,21 @@ def draw_ensemble(axes, runs):
     axes.set(xlabel="members", ylabel="val " + NATS)
     axes.set_title("Ensemble of the first n" + ("" if single else ", as declared"))
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8)
+
+
+def draw_compute(axes, runs):
+    """Val loss by minutes of training: of the mixtures of the first n members, as declared."""
+    for run in runs:
+        colour, line, marker = run.look
+        key = declared(run.result)
+        ends = np.cumsum([member["train_seconds"] for member in run.result["members"]]) / 60
+        points = [(ends[p["n"] - 1], p[key]) for p in run.result["ensemble"] if key in p]
+        axes.plot(*zip(*points), color=colour, ls=line, marker=marker, ms=5, label=run.label)
+    axes.set(xlabel="minutes of training, evaluation not counted", ylabel="val " + NATS,
+             xscale="log")
+    axes.xaxis.set_major_formatter(lambda minutes, _: f"{minutes:g}")
+    axes.set_title("Does compute go on paying?")
     axes.legend(fontsize=8)
 
 
@@ -299,6 +315,8 @@ def draw(runs, path, tokens):
         panels.append((draw_epochs, trained))
     if any(len(run.result["members"]) > 1 for run in finished):
         panels.append((draw_ensemble, finished))
+        if len(finished) > 1:
+            panels.append((draw_compute, finished))
     elif trained and any("grad_norm" in reading for run in trained for reading in run.readings):
         panels.append((draw_gradients, trained))
     if finished:
