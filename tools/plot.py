@@ -160,7 +160,11 @@ def draw_compute(axes, runs):
         axes.plot(*zip(*points), color=colour, ls=line, marker=marker, ms=5, label=run.label)
     axes.set(xlabel="minutes of training, evaluation not counted", ylabel="val " + NATS,
              xscale="log")
-    axes.xaxis.set_major_formatter(lambda minutes, _: f"{minutes:g}")
+    low, high = axes.get_xlim()
+    ticks = [digit * 10.0 ** power for power in range(-4, 5) for digit in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_title("Does compute go on paying?")
     axes.legend(fontsize=8)
 
