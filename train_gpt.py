@@ -49,7 +49,7 @@ TRACK_NAMES = ("cpu", "cpu_long", "mini", "tiny", "limited", "two_hour", "unlimi
 def opt(default, meaning, *choices, least=None, most=1e15, toy=None, **tracks):
     """A field of Config: its default, meaning and choices, and the tracks in which it differs.
     Numbers are at least 0, whole ones whose default is not 0 at least 1, unless `least` says
-    otherwise. toy: the most that --preset=toy leaves of it."""
+    otherwise. toy: the most that --preset=toy leaves of it; TOY has what it sets."""
     assert set(tracks) <= set(TRACK_NAMES), f"no such track: {', '.join(tracks)}"
     return field(default=default, metadata=dict(meaning=meaning, choices=choices, least=least,
                                                 most=most, toy=toy, tracks=tracks))
@@ -199,7 +199,7 @@ FIELDS = {f.name: f for f in fields(Config)}
 TRACKS = {track: {name: f.metadata["tracks"][track] for name, f in FIELDS.items()
                   if track in f.metadata["tracks"]} for track in TRACK_NAMES}
 TRACKS["cpu_long"] = TRACKS["cpu"] | TRACKS["cpu_long"]
-TOY = dict(dataset="data/prose", eval_tokens=2_000, batch_rows=16, compile=False)  # and `toy`
+TOY = dict(dataset="data/prose", eval_tokens=2_000, batch_rows=16, compile=False)
 FREE = ("run_id", "runs_dir", "save_minutes", "allow_changed", "hang_minutes", "time_limit",
         "device_batch_size", "loss_chunk")      # that change no more than rounding
 ADAM_EPS = 1e-10            # added to the root of AdamW's second moment

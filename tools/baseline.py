@@ -30,7 +30,8 @@ from train_gpt import (FIELDS, HEADER_INTS, Log, Trainer, UserError, check_range
                        start_runtime, train_member, write_json)
 
 MULTIPLES = (1, 2, 4, 8, 12, 16)
-# the largest multiples for what is tuned, which costs epochs times D
+# The largest multiples for what is tuned, which costs epochs times D. No ensemble has been worth
+# twice the data of one of its members.
 TUNED_UP_TO = {"tuned": 4, "single": 2}
 USUAL_WEIGHT_DECAY = 0.1
 WEIGHT_DECAYS = (0.03, 0.1, 0.3, 1.0, 1.5, 2.0)         # that a search goes along

@@ -152,6 +152,7 @@ def draw_ensemble(axes, runs):
 
 def draw_compute(axes, runs):
     """Val loss by minutes of training: of the mixtures of the first n members, as declared."""
+    from matplotlib.ticker import LogLocator    # optional, as in `draw`
     for run in runs:
         colour, line, marker = run.look
         key = declared(run.result)
@@ -160,10 +161,8 @@ def draw_compute(axes, runs):
         axes.plot(*zip(*points), color=colour, ls=line, marker=marker, ms=5, label=run.label)
     axes.set(xlabel="minutes of training, evaluation not counted", ylabel="val " + NATS,
              xscale="log")
-    low, high = axes.get_xlim()
-    ticks = [digit * 10.0 ** power for power in range(-4, 5) for digit in (1, 2, 5)]
-    ticks = [tick for tick in ticks if low <= tick <= high]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
     axes.minorticks_off()
     axes.set_title("Does compute go on paying?")
     axes.legend(fontsize=8)
