@@ -86,7 +86,7 @@ case "$command" in
             while [ $((2 * processes)) -le "$gpus" ]; do processes=$((2 * processes)); done
         launch "$processes" tools/bench.py "$@" ;;
     *)
-        case "$command" in plot|compare|sweep) install tools/requirements.txt ;; esac
+        case "$command" in plot|compare|sweep|record) install tools/requirements.txt ;; esac
         exec $python "tools/$command.py" "$@" ;;
 esac
 
