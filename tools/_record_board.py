@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 from _record_files import as_loss, between, history, read_record, record_folders, sha256
-from _record_verify import numbers_of
-from train_gpt import BASELINES, UserError, TRACK_NAMES, minutes, write_whole
+from _record_verify import check_schema, numbers_of
+from train_gpt import BASELINES, TRACK_NAMES, UserError, minutes, write_whole
 
 PICTURE = Path("records/history.png")
 KEYWORD = b"numbers"        # of the picture's text chunk that holds the hash of what it shows
@@ -201,8 +201,9 @@ def read_tracks(root):
     """{track: [Record]} of all tracks that have records, in the order of the script's."""
     names = {folder.parent.name for folder in record_folders(root)}
     for folder in record_folders(root):
-        if not isinstance(read_record(folder).result.get("number"), int):
-            raise UserError(f"{folder}: its result.json has no number; ./run.sh record verify")
+        wrong = check_schema(read_record(folder))
+        if wrong:
+            raise UserError(f"{folder}: {wrong[0]}; ./run.sh record verify says all")
     ordered = [name for name in TRACK_NAMES if name in names] + sorted(names - set(TRACK_NAMES))
     return {track: history(root, track) for track in ordered}
 

@@ -31,6 +31,12 @@ ALLOWED = ("seed", "run_id", "runs_dir", "save_minutes", "hang_minutes", "device
            "device_batch_size", "loss_chunk")
 # fields that make a track what it is: the same in all of its records
 RULES = ("dataset", "vocab_size", "train_tokens", "eval_tokens", "time_limit")
+# what a log must hold: its lines "name:value", RESULT, and the config in it
+FACTS = ("python", "overrides", "data_sha256", "seed", "config")
+RESULT = ("track", "final_mixture", "val_loss", "holdout_loss", "val_bpb", "data_efficiency",
+          "members", "ensemble", "train_tokens", "data_sha256", "overrides", "over_time_limit",
+          "seed", "processes", "torch", "hardware", "config", *TIMES)
+CONFIG = ("track", "final_mixture", "num_models", *RULES)
 END = "=" * 40 + " end of train_gpt.py"
 MISSING = object()
 
@@ -116,10 +122,11 @@ def read_log(path):
     if len(results) != 1:
         raise UserError(f"{path}: {len(results)} lines that begin with RESULT, and a finished run"
                         " has one")
-    missing = {"overrides", "data_sha256", "config", "seed", "python"} - facts.keys()
-    missing |= {"config", "seed", "members", "ensemble", "overrides"} - results[0].keys()
+    missing = [name for name in FACTS if name not in facts]
+    missing += [f"RESULT.{name}" for name in RESULT if name not in results[0]]
+    missing += [f"config.{name}" for name in CONFIG if name not in results[0].get("config", {})]
     if missing:
-        raise UserError(f"{path}: has no {', '.join(sorted(missing))}; is it of a run?")
+        raise UserError(f"{path}: has no {', '.join(missing)}; is it of another version?")
     return RunLog(path, source, digest, body, facts, results[0], readings)
 
 

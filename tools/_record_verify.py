@@ -8,9 +8,9 @@ import numpy as np
 
 from _record_checks import check_log, check_logp
 from _record_files import (
-    ALLOWED, FORMAT, MIN_SEEDS, MISSING, RULES, SINGLE_GPU_HOURS, as_loss, between, from_logs,
+    ALLOWED, FORMAT, MIN_SEEDS, MISSING, RULES, SINGLE_GPU_HOURS, TIMES, as_loss, between, from_logs,
     history, judge, load_source, plain, read_log, read_record, standing, verdict)
-from train_gpt import UserError, minutes
+from train_gpt import BASELINES, UserError, minutes
 
 # result.json: each key and what it may hold
 TEXT, NUMBER, MAYBE = str, (int, float), type(None)
@@ -23,6 +23,12 @@ SCHEMA = {
     "holdout_loss": dict, "val_bpb": (dict, MAYBE), "train_seconds": NUMBER,
     "compile_seconds": NUMBER, "eval_seconds": NUMBER, "wall_seconds": NUMBER,
     "data_efficiency": dict, "logp": dict, "against": dict}
+SEED_SCHEMA = {
+    "seed": int, "log": TEXT, "val_loss": float, "holdout_loss": float,
+    "selection_loss": (float, MAYBE), "val_bpb": (float, MAYBE), "hardware": TEXT,
+    **dict.fromkeys(TIMES, NUMBER)}
+SPREADS = ("selection_loss", "val_loss", "holdout_loss", "val_bpb")
+AGAINST = ("record", "difference", "p", "time", "improves", "by")
 LEAST_DRIFT = 0.01          # nats, of val - holdout, that is worth a word
 
 
@@ -37,12 +43,28 @@ def check_schema(record):
     for key in SCHEMA.keys() & result.keys():
         if not isinstance(result[key], SCHEMA[key]) or isinstance(result[key], bool):
             wrong.append(f"result.json: {key!r} cannot be {str(result[key])[:40]!r}")
-    for row in result.get("seeds") or []:
-        if not isinstance(row, dict) or not isinstance(row.get("seed"), int):
-            wrong.append("result.json: a row of 'seeds' has no seed")
+    wrong = wrong or check_parts(result)
     if not wrong and result["format"] != FORMAT:
         wrong.append(f"result.json is of format {result['format']}, and this tool's is {FORMAT}")
     return wrong or check_name(record)
+
+
+def check_parts(result):
+    """Keys and kinds within values of result.json."""
+    wrong = []
+    for row in result["seeds"]:
+        for key, kind in SEED_SCHEMA.items():
+            if not isinstance(row, dict) or not isinstance(row.get(key, MISSING), kind):
+                wrong.append(f"result.json: a row of 'seeds' has no sound {key!r}")
+    for key in SPREADS:
+        found = result[key]
+        if found is not None and (found.keys() != {"mean", "sd", "standard_error"}
+                                  or not isinstance(found["mean"], float)):
+            wrong.append(f"result.json: {key!r} is not a mean with its sd and standard_error")
+    for key, names in (("against", AGAINST), ("data_efficiency", BASELINES)):
+        if result[key].keys() != set(names):
+            wrong.append(f"result.json: {key!r} must have {', '.join(names)}")
+    return wrong
 
 
 def check_name(record):
@@ -123,12 +145,12 @@ def check_seeds(logs):
             wrong.append(f"{log.name}: was run on other data than {first.name}")
         losses = [member["val_loss"] for member in log.result["members"]]
         readings = [reading.get("train_loss") for reading in log.readings]
-        for key in (str(losses), str(readings)):
-            if key in seen and seen[key] != log.name:
-                wrong.append(f"{log.name}: has the losses of {seen[key]}: it is a copy, with"
-                             " another seed written in")
+        for values in (losses, readings):
+            other = seen.setdefault(str(values), log.name) if values else log.name
+            if other != log.name:
+                wrong.append(f"{log.name}: has the losses of {other}: it is a copy, with another"
+                             " seed written in")
                 break
-            seen[key] = log.name
     return wrong
 
 
@@ -229,8 +251,8 @@ def check_record(root, folder, notes):
         return wrong, record
     for log in logs:
         wrong += check_log(root, log, module, notes)
-    wrong += check_seeds(logs)
     try:
+        wrong += check_seeds(logs)
         wrong += check_logp(record, logs[0], notes) + check_facts(record, logs)
         wrong += check_against(root, record) + check_readme(record)
     except (KeyError, TypeError, AttributeError, IndexError) as error:

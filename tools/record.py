@@ -42,8 +42,9 @@ def verify(args):
                          f" {as_loss(result['holdout_loss'])}, n = {result['n']};"
                          f" {verdict(result['against'])}")
         lines += [f"note      {record.name}: {note}" for note in dict.fromkeys(notes)]
-    for track in dict.fromkeys(folder.parent.name for folder in folders):
-        lines += drift(args.repository, track)
+    if not code:
+        for track in dict.fromkeys(folder.parent.name for folder in folders):
+            lines += drift(args.repository, track)
     return lines, code
 
 
