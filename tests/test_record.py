@@ -22,6 +22,7 @@ from scipy.special import stdtr
 import _record_board
 import _record_files
 import _record_replay
+import _record_submit
 import _record_verify
 import helpers
 import record
@@ -402,6 +403,10 @@ def skip_a_seed(copy):
     forge(copy, change, seeds=[4])
 
 
+def write_another_seed(copy):
+    forge(copy, set_config("seed", 7), seeds=[2])
+
+
 def use_other_data(copy):
     def change(result):
         result["data_sha256"]["prose_train_000000.bin"] = "0" * 64
@@ -530,6 +535,7 @@ TAMPERING = {
     remove_seed_from_result: r"seed3.log is here, and result.json has no such seed",
     remove_log: r"seed2.log: cannot be read",
     skip_a_seed: r"seeds are 1 3 4, and must be 1 to 3",
+    write_another_seed: r"seed2.log: is of seed 2, and its config has 7",
     use_other_data: r"run on other data than the track's: prose_train_000000.bin",
     leave_out_data: r"was run without prose_holdout_000000.bin",
     score_fewer_tokens: r"scored 399 tokens of val, and the dataset has 499",
@@ -671,6 +677,22 @@ def test_logp_may_lie_elsewhere(copy):
     edit(copy.folder / "result.json", lambda result: result["logp"].update(place="https://x"))
     code, out = verify(copy.root)
     assert code == 0 and "logp.safetensors is at https://x" in out
+
+
+def test_large_logp_stays_beside_its_run(bare, monkeypatch):
+    monkeypatch.setattr(_record_submit, "MOST_LOGP_BYTES", 1000)
+    refused(bare.root, r"logp.safetensors: 0 MB are too many .* give --logp_place=URL",
+            *submit(bare.root, bare.runs))
+    helpers.said(record, *submit(bare.root, bare.runs, "--logp_place=https://x"))
+    folder, = (bare.root / "records/cpu").iterdir()
+    assert not (folder / "logp.safetensors").exists()
+    code, out = verify(bare.root)
+    assert code == 0 and "logp.safetensors is at https://x" in out
+    shutil.copy(bare.runs[0] / "logp.safetensors", folder)
+    code, out = verify(bare.root)
+    assert code == 0 and "https://x" not in out
+    shutil.copy(bare.runs[0] / "members/001.logp.safetensors", folder / "logp.safetensors")
+    assert verify(bare.root)[0] == 1
 
 
 # ==== What submit refuses =======================================================================
@@ -894,7 +916,7 @@ def test_records_are_held_against_the_last_that_was_better(copy):
 
 def test_numbers_and_dates_are_in_order(copy):
     folder = second_record(copy, number=1)
-    assert "its number 1 is another record's, too" in verify(copy.root)[1]
+    assert "its number 1 is another record's, too: submit one" in verify(copy.root)[1]
     shutil.rmtree(folder)
     old = second_record(copy, date="2001-01-01", name="2001-01-01_zweiter")
     old.rename(old.with_name("2001-01-01_zweiter"))

@@ -38,7 +38,7 @@ esac
 """
 PROGRAMS = ("bash", "sh", "dirname", "grep", "cmp", "rm", "cp", "mkdir", "sed", "ls", "xargs",
             "echo", "sleep")
-TOOLS = ("bench", "mix", "plan", "plot", "_shared")
+TOOLS = ("bench", "mix", "plan", "plot", "record", "_shared")
 SET_UP = ["python3 <-m><venv><.venv>",
           "<-m><pip><install><--quiet><--disable-pip-version-check><-r><requirements.txt>"]
 
@@ -347,6 +347,7 @@ def test_tools_are_run_by_name(tree):
     calls = tree("plot", "runs/a")[2]
     assert calls[0].endswith("<-r><tools/requirements.txt>") and calls[1:] == [
         "<tools/plot.py><runs/a>"]
+    assert tree("record", "verify")[2] == ["<tools/record.py><verify>"]
 
 
 def test_plot_has_what_it_needs_after_requirements_changed(tree):

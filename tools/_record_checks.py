@@ -34,6 +34,9 @@ def check_settings(log, module):
     for name, value in facts.items():
         if value != result[name]:
             wrong.append(f"{log.name}: its line {name!r} and RESULT differ")
+    if result["seed"] != result["config"]["seed"]:
+        wrong.append(f"{log.name}: is of seed {result['seed']}, and its config has"
+                     f" {result['config']['seed']}")
     allowed = {name: value for name, value in given.items() if name in ALLOWED}
     try:
         config = module.make_config(result["config"]["track"], **allowed)
@@ -44,7 +47,7 @@ def check_settings(log, module):
         expected["dtype"] = result["config"].get("dtype")
     for name in sorted(expected.keys() | result["config"].keys()):
         logged = result["config"].get(name, MISSING)
-        if logged != expected.get(name, MISSING) and name not in given:
+        if logged != expected.get(name, MISSING):
             wrong.append(f"{log.name}: its config has {name}={said(logged)}, and the source in it"
                          f" {said(expected.get(name, MISSING))} for the track"
                          f" {result['config']['track']}")

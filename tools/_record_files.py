@@ -36,7 +36,7 @@ FACTS = ("python", "overrides", "data_sha256", "seed", "config")
 RESULT = ("track", "final_mixture", "val_loss", "holdout_loss", "val_bpb", "data_efficiency",
           "members", "ensemble", "train_tokens", "data_sha256", "overrides", "over_time_limit",
           "seed", "processes", "torch", "hardware", "config", *TIMES)
-CONFIG = ("track", "final_mixture", "num_models", *RULES)
+CONFIG = ("track", "seed", "final_mixture", "num_models", *RULES)
 END = "=" * 40 + " end of train_gpt.py"
 MISSING = object()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from _record_checks import check_data
 from _record_files import RunLog, load_source, read_log, read_record, sha256, weights_of
 from _record_submit import cpu_name
 from train_gpt import UserError, as_text, member_path, read_tensors
@@ -50,8 +51,6 @@ def prepare(folder, log, repository):
     (folder / "train_gpt.py").write_text(log.source, encoding="utf-8")
     name = Path(log.result["config"]["dataset"])
     dataset = repository / name
-    if not dataset.is_dir():
-        raise UserError(f"{dataset}: the dataset of the log is not here; get it first")
     if not name.is_absolute():
         (folder / name.parent).mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(dataset.resolve())
@@ -111,7 +110,7 @@ def compare(old, new, record):
     reason = "3 standard deviations of its seeds" if sd else "no seeds to judge by"
     if not differ and is_known and new.result["hardware"].endswith("CPU"):
         return [*lines, f"WRONG     {size}, on the same processor, torch and dtype: the digits must"
-                " be the same"], False
+                " be the same, if as many threads computed them (which no log says)"], False
     where = f"on another {differ}" if differ else (
         "on what may be another processor (the log does not name it)")
     if abs(is_now - was) <= near:
@@ -185,6 +184,12 @@ def replay(args):
     """(lines, exit code: 1 if the log does not give its number, or the mixture is none)."""
     log, record = find_log(args.log)
     module = load_source(log.source)
+    if not (args.repository / log.result["config"]["dataset"]).is_dir():
+        raise UserError(f"{log.result['config']['dataset']}: the dataset of the log is not here; get"
+                        " it first")
+    wrong = check_data(args.repository, log, [])
+    if wrong:
+        raise UserError(wrong[0])
     with tempfile.TemporaryDirectory(prefix="replay_") as temporary:
         folder = args.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

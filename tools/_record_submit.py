@@ -1,6 +1,5 @@
 """`record.py submit`: a record's folder from finished runs."""
 import datetime
-import json
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from _record_files import (ALLOWED, FORMAT, MOST_LOGP_BYTES, SPLITS, from_logs, 
                            load_source, markers, plain, read_log, sha256, standing, verdict,
                            without_source)
 from _record_verify import check_record, check_seeds, numbers_of
-from _runs import load_logp
+from _runs import load_logp, read_result
 from train_gpt import UserError, hardware_name, write_json, write_tensors
 
 README = """# {description}
@@ -80,13 +79,11 @@ def read_runs(folders):
     """RunLogs of finished runs by seed. UserError if one is none."""
     logs = []
     for folder in folders:
-        if not (folder / "result.json").exists():
-            raise UserError(f"{folder}: no finished run (it has no result.json)")
+        result, _ = read_result(folder)
         if not (folder / "log.txt").exists():
             raise UserError(f"{folder}: has no log.txt: a mixture of several runs, or no run; a"
                             " record is of runs with their logs")
         log = read_log(folder / "log.txt")
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         if result != log.result:
             raise UserError(f"{folder}: its result.json is not the RESULT of its log.txt")
         logs.append(log)

@@ -219,7 +219,8 @@ def check_against(root, record):
               if other.folder.name.removesuffix(".tmp") != result["name"]]
     earlier = [other for other in others if other.result["number"] < result["number"]]
     if any(other.result["number"] == result["number"] for other in others):
-        wrong.append(f"its number {result['number']} is another record's, too")
+        wrong.append(f"its number {result['number']} is another record's, too: submit one of"
+                     " them again")
     if len(earlier) + 1 < result["number"]:
         wrong.append(f"its number is {result['number']}, with {len(earlier)} record(s) before it")
     if earlier and result["date"] < earlier[-1].result["date"]:
