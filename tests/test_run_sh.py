@@ -161,7 +161,7 @@ def test_help_needs_and_makes_no_environment(bare):
     for flag in ("--help", "-h"):
         assert bare(flag) == (0, "", ["python3 <train_gpt.py><--help>"])
         assert "./run.sh check [...]" in bare.output and "set -euo" not in bare.output
-        assert re.search(r"^TOOL is one of: .*\bbench mix plan plot$", bare.output, re.M)
+        assert re.search(r"^TOOL is one of: .*\bbench mix plan plot record$", bare.output, re.M)
         assert not (bare.home / ".venv").exists()
 
 

@@ -148,10 +148,11 @@ def load_source(text):
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-            module.TRACKS, module.make_config       # noqa: B018  (what is wanted of it)
         except Exception as error:
             raise UserError(f"the source in the log does not load ({type(error).__name__}:"
                             f" {error})") from None
+    if not hasattr(module, "make_config"):
+        raise UserError("the source in the log has no make_config, which knows its settings")
     return module
 
 

@@ -109,8 +109,8 @@ def compare(old, new, record):
     size = f"val loss differs by {is_now - was:+.6f}"
     reason = "3 standard deviations of its seeds" if sd else "no seeds to judge by"
     if not differ and is_known and new.result["hardware"].endswith("CPU"):
-        return [*lines, f"WRONG     {size}, on the same processor, torch and dtype: the digits must"
-                " be the same, if as many threads computed them (which no log says)"], False
+        return [*lines, f"WRONG     {size}, on the same processor, torch and dtype: the digits"
+                " must be the same, if as many threads computed them (which no log says)"], False
     where = f"on another {differ}" if differ else (
         "on what may be another processor (the log does not name it)")
     if abs(is_now - was) <= near:
@@ -173,8 +173,8 @@ def sum_mixture(module, folder, result, dataset):
     off = float((total - 1).abs().max())
     rounding = 1e-4 * len(result["members"])        # weights in RESULT have four digits
     if off > SUM_TOLERANCE + rounding * (result["final_mixture"] != "uniform"):
-        return [*lines, "WRONG     the declared mixture does not sum to one over the vocabulary: off"
-                f" by {off:.2g} on {len(total)} contexts"], False
+        return [*lines, "WRONG     the declared mixture does not sum to one over the vocabulary:"
+                f" off by {off:.2g} on {len(total)} contexts"], False
     return [*lines, f"sums      to one over the vocabulary, on {len(total)} contexts: off by"
             f" {off:.1g} at most"], is_right
 

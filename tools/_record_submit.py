@@ -128,8 +128,9 @@ def write_logp(folder, log, place):
     return {"sha256": sha256(path.read_bytes()), "place": place}
 
 
-def write_folder(folder, logs, facts, args):
+def write_folder(folder, logs, args, date, commit):
     """Fill `folder` with the record's files; returns result.json's dict."""
+    facts = from_logs(logs)
     track = facts["track"]
     for log in logs:
         text = log.path.read_text(encoding="utf-8")
@@ -140,9 +141,9 @@ def write_folder(folder, logs, facts, args):
     number = len(records) + 1
     is_here = hardware_name(torch.device("cpu")) == facts["hardware"]
     result = {
-        "format": FORMAT, "name": f"{args.date}_{args.slug}", "track": track, "number": number,
-        "date": args.date, "author": args.author, "description": args.description or args.slug,
-        "commit": args.commit, "cpu": cpu_name() if is_here else "", **facts,
+        "format": FORMAT, "name": f"{date}_{args.slug}", "track": track, "number": number,
+        "date": date, "author": args.author, "description": args.description or args.slug,
+        "commit": commit, "cpu": cpu_name() if is_here else "", **facts,
         "logp": write_logp(folder, logs[0], args.logp_place)}
     result["against"] = judge(result, standing(records, number))
     result = plain(result)
@@ -162,7 +163,6 @@ def submit(args):
         raise UserError(f"--slug={args.slug}: must be letters, digits, - and _")
     if not args.author.strip():
         raise UserError("--author= is empty; name those who made it")
-    args.date = datetime.date.today().isoformat()
     logs = read_runs(args.runs)
     tracks = sorted({log.result["track"] for log in logs})
     if len(tracks) > 1:
@@ -173,7 +173,7 @@ def submit(args):
             raise UserError(f"{log.path}: was run with --{given[0]}="
                             f"{log.result['overrides'][given[0]]}: a record has no overrides; a"
                             " change of the track is a commit")
-    module, args.commit = check_source(args.repository, logs)
+    module, commit = check_source(args.repository, logs)
     notes = []
     refuse(check_seeds(logs))
     for log in logs:
@@ -182,14 +182,15 @@ def submit(args):
     if not (dataset / "meta.json").exists():
         raise UserError(f"{dataset}: is not here (no meta.json), and the data's hashes and bits per"
                         " byte are checked before a record is made; get it")
-    folder = args.repository / "records" / tracks[0] / f"{args.date}_{args.slug}"
+    date = datetime.date.today().isoformat()
+    folder = args.repository / "records" / tracks[0] / f"{date}_{args.slug}"
     if folder.exists():
         raise UserError(f"{folder}: is there already; choose another --slug")
     beside = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        result = write_folder(beside, logs, from_logs(logs), args)
+        result = write_folder(beside, logs, args, date, commit)
         refuse(check_record(args.repository, beside, notes)[0])
         os.replace(beside, folder)
     except BaseException:

@@ -8,8 +8,8 @@ import numpy as np
 
 from _record_checks import check_log, check_logp
 from _record_files import (
-    ALLOWED, FORMAT, MIN_SEEDS, MISSING, RULES, SINGLE_GPU_HOURS, TIMES, as_loss, between, from_logs,
-    history, judge, load_source, plain, read_log, read_record, standing, verdict)
+    ALLOWED, FORMAT, MIN_SEEDS, MISSING, RULES, SINGLE_GPU_HOURS, TIMES, as_loss, between,
+    from_logs, history, judge, load_source, plain, read_log, read_record, standing, verdict)
 from train_gpt import BASELINES, UserError, minutes
 
 # result.json: each key and what it may hold
@@ -114,7 +114,7 @@ def numbers_of(result):
         *rows, "", f"val {as_loss(result['val_loss'])}, holdout {as_loss(result['holdout_loss'])},"
         f" n = {result['n']} (mean ± standard error); {result['final_mixture']} mixture of"
         f" {result['members']}.", f"Multiples of the data: {multiples}.",
-        f"{verdict(result['against'])}.".capitalize(),
+        f"Verdict: {verdict(result['against'])}.",
         f"{result['hardware']}, torch {result['torch']}; source {result['source_sha256'][:12]},"
         f" commit {result['commit'][:12]}.", ""])
 
