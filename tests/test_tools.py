@@ -33,7 +33,7 @@ from helpers import (BOS, ROOT, SCRIPT, TINY, VOCAB, SlowModel, clean_environmen
                      train)
 from sample import generate
 from token_tables import read_ranks, write_token_tables
-from train_gpt import (FIELDS, GPT, TRACKS, Config, MuonAdamW, UserError, load_dataset,
+from train_gpt import (FIELDS, GPT, TRACKS, Config, Log, MuonAdamW, UserError, load_dataset,
                        make_config, opt, piecewise_linear, start_runtime, training_stages)
 
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("[a-z]*.py"))
@@ -666,7 +666,7 @@ NEW = {name: f for name, f in LongerConfig.__dataclass_fields__.items() if name 
 
 
 def test_plain_switches_off_what_is_not_kept():
-    assert set(baseline.KEPT) <= set(FIELDS) and set(baseline.TRIED) <= set(baseline.KEPT)
+    assert set(baseline.KEPT) <= set(FIELDS)
     assert not set(baseline.NEUTRAL) & set(baseline.KEPT)
     for track in TRACKS:
         config = make_config(track)
@@ -717,20 +717,23 @@ class MadeUpRuns:
 @pytest.mark.parametrize("epochs", [1, 2, 8, 32])
 @pytest.mark.parametrize("wd", [0.03, 0.3, 1.0, 2.0])
 def test_search_goes_along_epochs_decays_and_fields(epochs, wd):
-    lowest = MadeUpRuns(epochs, wd, True, False)
-    for flipped, values in ((baseline.TRIED, (True, False)), ((), (False, True))):
-        found = baseline.search(lowest, 100, (8, 1.0, (False, True)), flipped)
+    lowest = MadeUpRuns(epochs, wd, True, False, True)
+    guess = 8, 1.0, (False, True, True)
+    for flipped, values in ((baseline.TRIED, (True, False, True)), ((), guess[2])):
+        found = baseline.search(lowest, 100, guess, flipped)
         assert found == lowest.measure(100, epochs, wd, values)
         assert baseline.settings_of(found) == (epochs, wd, values)
+    once = baseline.search(lowest, 100, guess, baseline.TRIED, is_once=True)
+    assert baseline.settings_of(once) == (8, 1.0, (True, False, True))
 
 
 def test_each_budget_begins_with_what_was_best_at_the_one_before():
-    lowest = MadeUpRuns(4, 0.1, True, True)
+    lowest = MadeUpRuns(4, 0.1, True, True, False)
     asked = []
     measure = lowest.measure
     lowest.measure = lambda tokens, *key: asked.append((tokens, key)) or measure(tokens, *key)
-    found = baseline.tune(lowest, [100, 200], (16, 1.0, (False, True)), baseline.TRIED)
-    best = 4, 0.1, (True, True)
+    found = baseline.tune(lowest, [100, 200], (16, 1.0, (False, True, True)), baseline.TRIED)
+    best = 4, 0.1, (True, True, False)
     assert found == [measure(tokens, *best) for tokens in (100, 200)]
     assert next(key for tokens, key in asked if tokens == 200) == best
 
@@ -744,7 +747,7 @@ def test_a_single_model_is_a_member_without_a_teacher():
 def test_baseline_is_stored_and_not_measured_again(tmp_path, monkeypatch):
     monkeypatch.setattr(baseline, "MULTIPLES", (1, 2))
     monkeypatch.setattr(baseline, "TUNED_UP_TO", {"tuned": 1, "single": 1})
-    monkeypatch.setattr(baseline, "FIRST_GUESS", (2, 0.1, (False, True)))
+    monkeypatch.setattr(baseline, "FIRST_GUESS", (2, 0.1, (False, True, True)))
     dataset, runs = tmp_path / "prose", tmp_path / "runs"
     shutil.copytree(ROOT / "data/prose", dataset)
     before = json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
@@ -758,15 +761,17 @@ def test_baseline_is_stored_and_not_measured_again(tmp_path, monkeypatch):
     lines = (runs / "baseline_cpu/runs.jsonl").read_text(encoding="utf-8").splitlines()
     done = [json.loads(line) for line in lines]
     keys = [(run["settings"], *(run[key] for key in baseline.KEY)) for run in done]
-    assert len(set(keys)) == len(keys) >= 15    # one epoch: two sizes, four ways; two searches
+    assert len(set(keys)) == len(keys) >= 14    # one epoch: two sizes, four ways; two searches
     (plain, single), = [dict.fromkeys(run["settings"] for run in done)]
     of_members = [run for run in done if run["settings"] == single]
     done = [run for run in done if run["settings"] == plain]
-    first = [[run for run in done if run["tokens"] == tokens and run["epochs"] == 1 and
-              run["weight_decay"] == baseline.USUAL_WEIGHT_DECAY] for tokens in (4000, 8000)]
-    assert [len({(run["unet"], run["qk_norm"]) for run in some}) for some in first] == [4, 4]
-    best = [min(some, key=lambda run: run["selection"]) for some in first]
-    assert stored["one_epoch"] == [[run["tokens"], run["val"]] for run in best]
+    for tokens, val in stored["one_epoch"]:
+        once = [run for run in done if (run["tokens"], run["epochs"], run["weight_decay"])
+                == (tokens, 1, baseline.USUAL_WEIGHT_DECAY)]
+        ways = {tuple(run[name] for name in baseline.TRIED) for run in once}
+        assert {len(set(values)) for values in zip(*ways)} == {2}       # each of TRIED, both ways
+        assert val == min(once, key=lambda run: run["selection"])["val"]
+    assert [tokens for tokens, _ in stored["one_epoch"]] == [4000, 8000]
     chosen, = stored["tuned_settings"]
     assert stored["tuned"] == [[4000, chosen["val"]]]
     assert chosen["selection"] <= min(run["selection"] for run in done if run["tokens"] == 4000)
@@ -794,7 +799,7 @@ def test_baseline_measures_again_what_was_measured_otherwise(tmp_path):
     log = SimpleNamespace(folder=tmp_path)
     runtime = start_runtime(config)
     settings = baseline.Runs(config, runtime, log).settings
-    run = dict(zip(baseline.KEY, (9000, 1, 0.1, True, False)), selection=5.0, val=6.0)
+    run = dict(zip(baseline.KEY, (9000, 1, 0.1, True, False, True)), selection=5.0, val=6.0)
     (tmp_path / "runs.jsonl").write_text(json.dumps({**run, "settings": settings}) + "\n")
     for changes, count in ((dict(run_id="r", save_minutes=9, time_limit=9), 1),
                            (dict(unet=True, qk_norm=True), 1), (dict(matrix_lr=0.5), 0),
@@ -803,7 +808,24 @@ def test_baseline_measures_again_what_was_measured_otherwise(tmp_path):
         assert len(again.done) == count, changes
     assert again.runtime is runtime
     done = baseline.Runs(config, runtime, log)
-    assert done.measure(9000, 1, 0.1, (True, False)) == run
+    assert done.measure(9000, 1, 0.1, (True, False, True)) == run
+
+
+def test_half_rows_are_twice_as_many(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(baseline, "Trainer", lambda config, *_: asked.append(config) or
+                        SimpleNamespace())
+    monkeypatch.setattr(baseline, "train_member", lambda *_: (None, {
+        "selection": np.zeros(3), "val": np.zeros(3)}))
+    config = make_config("cpu", preset="toy", device="cpu")
+    runs = baseline.Runs(config, start_runtime(config), Log(tmp_path, True))
+    for half in (False, True):
+        runs.measure(9000, 1, 0.1, (True, False, half))
+    whole, half = asked
+    assert (half.seq_len, half.batch_rows) == (whole.seq_len // 2, 2 * whole.batch_rows)
+    assert half.device_batch_size == 2 * whole.device_batch_size
+    assert replace(half, seq_len=whole.seq_len, batch_rows=whole.batch_rows,
+                   device_batch_size=whole.device_batch_size) == whole
 
 
 def test_baseline_needs_a_selection(tmp_path):

@@ -8,8 +8,9 @@ multiples of the track's train_tokens as far as the data goes:
 one_epoch  a plain model, one epoch with the usual weight decay. Plain: the track's model, optimizer
            and batch (KEPT), all else off.
 tuned      a plain model, the best on `selection` over epochs and weight decays. Both of them with
-           and without U-Net skips and QK norm, whichever is better on selection (some help only
-           where there are few steps).
+           and without U-Net skips and QK norm, with the track's rows and with rows of half the
+           length, whichever is better on selection (some help only where there are few steps;
+           without a memory of the row long rows may cost more than they bring).
 single     one model with all that the track's members have but a teacher, epochs and weight decay
            tuned alike: what is left of a multiple against it is what teachers and mixing add.
 
@@ -35,8 +36,9 @@ MULTIPLES = (1, 2, 4, 8, 12, 16)
 TUNED_UP_TO = {"tuned": 4, "single": 2}
 USUAL_WEIGHT_DECAY = 0.1
 WEIGHT_DECAYS = (0.03, 0.1, 0.3, 1.0, 1.5, 2.0)         # that a search goes along
-TRIED = "unet", "qk_norm"               # fields of which a plain model's better value counts
-FIRST_GUESS = 8, 1.0, (False, True)     # epochs, weight decay and those fields at the smallest D
+TRIED = "unet", "qk_norm", "half_rows"  # what a plain model has or has not, as is better
+FIRST_ONCE = 1, USUAL_WEIGHT_DECAY, (True, True, True)
+FIRST_GUESS = 8, 1.0, (False, True, True)       # epochs, weight decay and TRIED at the smallest D
 KEY = "tokens", "epochs", "weight_decay", *TRIED        # what tells runs apart
 # Fields that a plain model has from the track: the machine, the data, the size and the blocks of
 # the model, the optimizer and its rates. All others are off, whatever they are and will be.
@@ -86,10 +88,10 @@ def measure_baseline(config, overrides):
     few = {kind: [tokens for tokens in budgets if tokens <= most * config.train_tokens]
            for kind, most in TUNED_UP_TO.items()}
     runs = Runs(plain(config), runtime, log)
-    chosen = {"one_epoch": [read_once(runs, tokens) for tokens in budgets],
+    chosen = {"one_epoch": tune(runs, budgets, FIRST_ONCE, TRIED, is_once=True),
               "tuned": tune(runs, few["tuned"], FIRST_GUESS, TRIED)}
     runs = Runs(single(config), runtime, log)
-    guess = config.num_epochs, config.weight_decay, tuple(getattr(config, name) for name in TRIED)
+    guess = config.num_epochs, config.weight_decay, (config.unet, config.qk_norm, False)
     chosen["single"] = tune(runs, few["single"], guess)
     curves = {kind: [[run["tokens"], run["val"]] for run in found]
               for kind, found in chosen.items()}
@@ -106,18 +108,11 @@ def measure_baseline(config, overrides):
     log.say(f"stored in {dataset / 'meta.json'} after {minutes(time.perf_counter() - start)}")
 
 
-def read_once(runs, tokens):
-    """The best run of one epoch with the usual weight decay, over the values of TRIED."""
-    tries = [runs.measure(tokens, 1, USUAL_WEIGHT_DECAY, values)
-             for values in product((True, False), repeat=len(TRIED))]
-    return min(tries, key=lambda run: run["selection"])
-
-
-def tune(runs, budgets, guess, flipped=()):
+def tune(runs, budgets, guess, flipped=(), is_once=False):
     """The best run at each budget of `search`, begun with what was best at the one before."""
     chosen = []
     for tokens in budgets:
-        chosen.append(search(runs, tokens, guess, flipped))
+        chosen.append(search(runs, tokens, guess, flipped, is_once))
         guess = settings_of(chosen[-1])
     return chosen
 
@@ -127,9 +122,10 @@ def settings_of(run):
     return run["epochs"], run["weight_decay"], tuple(run[name] for name in TRIED)
 
 
-def search(runs, tokens, guess, flipped=()):
+def search(runs, tokens, guess, flipped=(), is_once=False):
     """The run with the lowest selection loss at budget `tokens`, from `guess` (of settings_of)
-    outwards: along epochs, WEIGHT_DECAYS and the fields `flipped`, as far as each step helps."""
+    outwards: along epochs, WEIGHT_DECAYS (is_once: neither) and what of TRIED is in `flipped`, as
+    far as each step helps."""
     def longer(run):
         return {"epochs": 2 * run["epochs"]}
 
@@ -145,8 +141,9 @@ def search(runs, tokens, guess, flipped=()):
         return {"weight_decay": less[-1]} if less else None
 
     flips = [lambda run, name=name: {name: not run[name]} for name in flipped]
+    along = () if is_once else (longer, shorter, heavier, lighter)
     best = runs.measure(tokens, *guess)
-    for step in (longer, shorter, heavier, lighter, *flips):
+    for step in (*along, *flips):
         while changed := step(best):
             found = runs.measure(tokens, *settings_of({**best, **changed}))
             if found["selection"] >= best["selection"]:
@@ -165,7 +162,7 @@ class Runs:
         self.path = log.folder / "runs.jsonl"
         self.trainers = {}      # by the values of TRIED
         own = ("run_id", "runs_dir", "time_limit", "log_steps", "save_minutes",
-               "allow_changed", "hang_minutes", *TRIED)
+               "allow_changed", "hang_minutes", "unet", "qk_norm")
         same = {name: value for name, value in asdict(config).items() if name not in own}
         self.settings = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
         lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -177,8 +174,12 @@ class Runs:
         key = (tokens, epochs, wd, *values)
         if key in self.done:
             return self.done[key]
+        unet, qk_norm, half_rows = values
         config = replace(self.config, train_tokens=tokens, num_epochs=epochs, weight_decay=wd,
-                         **dict(zip(TRIED, values)))
+                         unet=unet, qk_norm=qk_norm)
+        if half_rows:
+            config = replace(config, seq_len=config.seq_len // 2, batch_rows=2 * config.batch_rows,
+                             device_batch_size=2 * config.device_batch_size)
         data = load_dataset(dataset_folder(config), config)
         del data.scored["holdout"]              # not looked at here
         if values not in self.trainers:
