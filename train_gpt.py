@@ -1649,7 +1649,7 @@ def announce(trainer, data, log, overrides, had_run, changes):
         source = SOURCE.read_text(encoding="utf-8")
         log.say(f"{source}\n{'=' * 40} end of {SOURCE.name}", console=False)
     facts = dict(python=sys.version.split()[0], numpy=np.__version__, overrides=overrides,
-                 data_sha256=data.hashes, **run_facts(trainer))
+                 threads=torch.get_num_threads(), data_sha256=data.hashes, **run_facts(trainer))
     for key, value in facts.items():
         log.say(f"{key}:{json.dumps(value)}", console=False)
     sets = " ".join(f"{name}={as_text(getattr(c, name))}" for name in TRACKS[c.track] | overrides)
@@ -2210,7 +2210,7 @@ def run(config, overrides):
     config = replace(config, dtype=str(runtime.dtype).removeprefix("torch."))
     data = load_dataset(dataset_folder(config), config)
     folder, had_run, changes, history, lock = claim(config, overrides, data.hashes, runtime)
-    log = Log(folder, runtime.is_main)
+    log = Log(Path(os.path.relpath(folder)), runtime.is_main)
     path = folder / "result.json"
     result = None
     if path.exists():
@@ -2233,7 +2233,7 @@ def run(config, overrides):
         log.say("RESULT " + json.dumps(result), console=False)
         write_json(path, result)            # with it the run is finished
         states.path.unlink(missing_ok=True)
-        for line in ("", *result_lines(result), f"folder           {folder}"):
+        for line in ("", *result_lines(result), f"folder           {log.folder}"):
             log.say(line)
     return result
 

@@ -286,7 +286,7 @@ def test_a_run_without_a_name_gets_one(tmp_path):
     ("", "cpu_seed1"),
     ("--seed=3 --dropout=0.20", "cpu_dropout0.2_seed3"),
     ("--track=mini --num_models=2 --compile=false", "mini_num_models2_compilefalse_seed1"),
-    ("--num_models=4 --dropout=0 --weight_decay=1.50", "cpu_seed1"),     # as the track has them
+    ("--num_models=3 --dropout=0 --weight_decay=1.50", "cpu_seed1"),     # as the track has them
     ("--runs_dir=x --save_minutes=1 --device_batch_size=2", "cpu_seed1"),
     ("--wd_schedule=0:1,1:0.5 --window_schedule=", "cpu_wd_schedule0-1-1-0.5_window_schedule_seed1"),
     ("--preset=toy --dataset=/a/b", "cpu_presettoy_dataset-a-b_seed1"),

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -98,7 +99,7 @@ def test_console_begins_with_the_plan(prose):
     assert lines["machine"].startswith(prose.result["hardware"])
     assert f"torch {torch.__version__}, torch.float32" in lines["machine"]
     assert lines["machine"].endswith("compile off")
-    assert lines["folder"] == str(prose.folder)
+    assert lines["folder"] == os.path.relpath(prose.folder)
 
 
 def test_console_goes_on_with_progress_members_and_table(prose):
@@ -124,7 +125,7 @@ def test_console_goes_on_with_progress_members_and_table(prose):
 def test_console_ends_with_the_table_and_the_folder(prose):
     """No text is written by a run: tools/sample.py does that."""
     lines = prose.console.splitlines()
-    assert lines[-1] == f"folder           {prose.folder}"
+    assert lines[-1] == f"folder           {os.path.relpath(prose.folder)}"
     table = lines[lines.index(next(line for line in lines if line.startswith(" n    member"))):]
     assert [line.partition("  ")[0] for line in table] == [
         " n", " 1", " 2", " 3", "", "result", "data efficiency", "time", "speed", "folder"]

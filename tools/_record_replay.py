@@ -85,7 +85,8 @@ def is_same_kind(old, new, record):
     """("" or what differs between the machines of two runs, whether the CPU's name is known)."""
     differ = [name for name in ("hardware", "processes", "torch")
               if old.result[name] != new.result[name]]
-    differ += [name for name in ("numpy",) if old.facts.get(name) != new.facts.get(name)]
+    differ += [name for name in ("numpy", "threads")
+               if old.facts.get(name) != new.facts.get(name)]
     if old.result["config"].get("dtype") != new.result["config"].get("dtype"):
         differ.append("dtype")
     cpu = (record or {}).get("cpu")
@@ -109,8 +110,8 @@ def compare(old, new, record):
     size = f"val loss differs by {is_now - was:+.6f}"
     reason = "3 standard deviations of its seeds" if sd else "no seeds to judge by"
     if not differ and is_known and new.result["hardware"].endswith("CPU"):
-        return [*lines, f"WRONG     {size}, on the same processor, torch and dtype: the digits"
-                " must be the same, if as many threads computed them (which no log says)"], False
+        return [*lines, f"WRONG     {size}, on the same processor, torch, dtype and number of"
+                " threads: the digits must be the same"], False
     where = f"on another {differ}" if differ else (
         "on what may be another processor (the log does not name it)")
     if abs(is_now - was) <= near:
