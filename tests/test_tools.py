@@ -746,7 +746,7 @@ def test_a_single_model_is_a_member_without_a_teacher():
 
 def test_baseline_is_stored_and_not_measured_again(tmp_path, monkeypatch):
     monkeypatch.setattr(baseline, "MULTIPLES", (1, 2))
-    monkeypatch.setattr(baseline, "TUNED_UP_TO", {"tuned": 1, "single": 1})
+    monkeypatch.setattr(baseline, "TUNED_UP_TO", 1)
     monkeypatch.setattr(baseline, "FIRST_GUESS", (2, 0.1, (False, True, True)))
     dataset, runs = tmp_path / "prose", tmp_path / "runs"
     shutil.copytree(ROOT / "data/prose", dataset)

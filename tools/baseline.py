@@ -31,9 +31,9 @@ from train_gpt import (FIELDS, HEADER_INTS, Log, Trainer, UserError, check_range
                        start_runtime, train_member, write_json)
 
 MULTIPLES = (1, 2, 4, 8, 12, 16)
-# The largest multiples for what is tuned, which costs epochs times D. No ensemble has been worth
-# twice the data of one of its members.
-TUNED_UP_TO = {"tuned": 4, "single": 2}
+# The largest multiple for what is tuned, which costs epochs times D. No ensemble has been worth
+# twice the data of a tuned model.
+TUNED_UP_TO = 2
 USUAL_WEIGHT_DECAY = 0.1
 WEIGHT_DECAYS = (0.03, 0.1, 0.3, 1.0, 1.5, 2.0)         # that a search goes along
 TRIED = "unet", "qk_norm", "half_rows"  # what a plain model has or has not, as is better
@@ -85,14 +85,13 @@ def measure_baseline(config, overrides):
     available = sum((path.stat().st_size - 4 * HEADER_INTS) // 2
                     for path in dataset.glob("*_train_*.bin"))
     budgets = [m * config.train_tokens for m in MULTIPLES if m * config.train_tokens <= available]
-    few = {kind: [tokens for tokens in budgets if tokens <= most * config.train_tokens]
-           for kind, most in TUNED_UP_TO.items()}
+    few = [tokens for tokens in budgets if tokens <= TUNED_UP_TO * config.train_tokens]
     runs = Runs(plain(config), runtime, log)
     chosen = {"one_epoch": tune(runs, budgets, FIRST_ONCE, TRIED, is_once=True),
-              "tuned": tune(runs, few["tuned"], FIRST_GUESS, TRIED)}
+              "tuned": tune(runs, few, FIRST_GUESS, TRIED)}
     runs = Runs(single(config), runtime, log)
     guess = config.num_epochs, config.weight_decay, (config.unet, config.qk_norm, False)
-    chosen["single"] = tune(runs, few["single"], guess)
+    chosen["single"] = tune(runs, few, guess)
     curves = {kind: [[run["tokens"], run["val"]] for run in found]
               for kind, found in chosen.items()}
     if runtime.is_main:
