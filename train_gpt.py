@@ -1401,7 +1401,7 @@ def learned_mixture(members):
     logps = {split: [member[split] for member in members] for split in members[0]}
     weights = fit_mixture(logps["selection"])
     losses = {split: mean_loss(mixture_logp(parts, weights)) for split, parts in logps.items()}
-    return losses, [round(float(w), 4) for w in weights]
+    return losses, [round(float(w), 6) for w in weights]
 
 def ensemble_curve(members):
     """One dict for each n: the losses of the mixtures of the first n members.

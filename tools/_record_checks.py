@@ -83,7 +83,7 @@ def check_declared(log):
         wrong.append(f"{log.name}: its holdout loss is its val loss: copied, or the same text")
     weights = np.array(weights_of(result))
     off = abs(weights.sum() - 1)
-    if (weights < 0).any() or len(weights) != len(result["members"]) or off > 1e-4 * len(weights):
+    if (weights < 0).any() or len(weights) != len(result["members"]) or off > 1e-6 * len(weights):
         wrong.append(f"{log.name}: the weights of the {result['final_mixture']} mixture,"
                      f" {said_weights(weights)}, do not sum to one")
     return wrong

@@ -83,7 +83,7 @@ def with_ngram(members, logp, weigh):
     by_token = weigh(logps, weights)
     losses = {f"{split}_loss_ngram": mean_loss(mixture_logp(parts, by_token[split]))
               for split, parts in logps.items()}
-    return losses | {"weights_ngram": [round(float(weight), 4) for weight in weights]}
+    return losses | {"weights_ngram": [round(float(weight), 6) for weight in weights]}
 
 
 def mix(folders, keep=0, final_mixture="learned", ngram_order=0):
