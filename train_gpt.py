@@ -89,7 +89,7 @@ class Config:
     selection_tokens: int = opt(132_000, "whole documents, from the front", least=0,
                                 cpu=5_000, mini=60_000, toy=1_000)
     eval_tokens: int = opt(0, "tokens of val and of holdout that are scored; 0: all")
-    split_tokens: float = opt(0, "part of the input tokens that are cut in two", most=1, cpu=0.14)
+    split_tokens: float = opt(0, "part of the inputs cut in two", most=1, cpu=0.14, mini=0.05)
     vocab_size: int = opt(50257, "tokens of the dataset's vocabulary", cpu=2048, toy=2048)
     seq_len: int = opt(2048, "tokens a row", cpu=512, cpu_long=1024, mini=1024, toy=64)
     batch_rows: int = opt(256, "rows a step, over all devices", cpu=4, cpu_long=2, mini=64)
@@ -123,7 +123,7 @@ class Config:
     resid_init: float = opt(1, "first r of x <- r x + a x0; 0: no r", cpu=0, tiny=1.1)
     x0_init: float = opt(0.1, "first a of it (x0: the embedding); 0: no a", cpu=0)
     unet: bool = opt(True, "learned skips from early layers to their mirrors", cpu=False)
-    spelling: bool = opt(False, "tokens whose strings are alike learn from each other", cpu=True)
+    spelling: bool = opt(False, "tokens of like strings learn from each other", cpu=True, mini=True)
     row_memory: bool = opt(False, "what stands earlier in the row is likelier to come", cpu=True)
     value_projections: bool = opt(True, "in every second layer values come from x0 too")
     attn_gate: bool = opt(True, "a gate per attention head")

@@ -537,7 +537,8 @@ def test_memory_is_what_is_planned(changes, is_compiled):
     config = make_config("mini", **{**dict(
         device=DEVICE, compile=is_compiled, model_dim=512, num_heads=8, num_layers=8,
         seq_len=512, batch_rows=16, device_batch_size=8, num_models=2, dropout=0.1,
-        vocab_size=8192, loss_chunk=256), **changes})
+        vocab_size=8192, loss_chunk=256, spelling=False, split_tokens=0, row_memory=False),
+        **changes})
     measured, dtype = measured_peak(config)
     planned = plan.peak_bytes(config, 1, dtype)
     assert 0.8 < planned / measured < 2.5, f"planned {planned:,}, measured {measured:,}"

@@ -22,7 +22,8 @@ from train_gpt import (PEAK_FLOPS, MuonAdamW, Runtime, Trainer, collect_state, m
 DTYPES = ("float32", "bfloat16")
 SMALL = dict(preset="toy", device="cpu", compile=False, vocab_size=1000, model_dim=128,
              num_heads=4, seq_len=128, batch_rows=8, device_batch_size=4, loss_chunk=256,
-             kd_alpha=0.0, meta_lr=0.0, dataset="nowhere")
+             kd_alpha=0.0, meta_lr=0.0, dataset="nowhere", spelling=False, row_memory=False,
+             split_tokens=0.0)
 DEEP = dict(vocab_size=200, loss_chunk=64, num_layers=6)
 # what it is: (track, changes, the phase of the peak)
 CASES = {
@@ -32,7 +33,8 @@ CASES = {
     "masks and dropout": ("mini", dict(**DEEP, seq_len=512, batch_rows=2, device_batch_size=1,
                                        window_pattern="S", dropout=0.2), "backward"),
     "teacher": ("mini", dict(kd_alpha=0.5, loss_chunk=512), "loss"),
-    "teacher, T, no cap": ("cpu", dict(kd_alpha=0.5, kd_temperature=2.0), "loss"),
+    "teacher, T, no cap": ("cpu", dict(kd_alpha=0.5, kd_temperature=2.0, spelling=True,
+                                        row_memory=True), "loss"),
     "MTP, loops, IHA": ("two_hour", dict(num_layers=6, loop_start=1, loop_end=2, loop_count=3),
                         "loss of MTP"),
     "recurrence, XSA, meta": ("tiny", dict(meta_lr=0.5, meta_rows=2), "loss"),
