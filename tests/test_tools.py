@@ -405,7 +405,8 @@ def test_what_sample_cannot_do_is_one_line(runs, tmp_path, monkeypatch):
     for argument in ("--member=9", "--member=0", "--temperature=0", "--count=-5"):
         assert argument.partition("=")[0] in complaint(sample, runs.one.folder, argument)
     small = make_dataset(tmp_path / "small", tables=False)
-    run = copied(runs.one, tmp_path / "run", config={"dataset": str(small)})
+    plain = {"spelling": False, "split_tokens": 0}      # which need tokens.npz
+    run = copied(runs.one, tmp_path / "run", config={"dataset": str(small), **plain})
     assert "ranks" in complaint(sample, run)
     shutil.copy(ROOT / "data/prose/ranks.tiktoken", small)
     assert "pattern" in complaint(sample, run, "--prompt=It was")
