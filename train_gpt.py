@@ -2210,7 +2210,7 @@ def run(config, overrides):
     config = replace(config, dtype=str(runtime.dtype).removeprefix("torch."))
     data = load_dataset(dataset_folder(config), config)
     folder, had_run, changes, history, lock = claim(config, overrides, data.hashes, runtime)
-    log = Log(Path(os.path.relpath(folder)), runtime.is_main)
+    log = Log(Path(os.path.relpath(folder)), runtime.is_main)   # a log may be published
     path = folder / "result.json"
     result = None
     if path.exists():

@@ -80,6 +80,24 @@ def rewrite(path, *pairs):
     path.write_text(text, encoding="utf-8")
 
 
+def substitute(path, pattern, new):
+    """Replace in a file what matches a pattern, which must be there."""
+    text, count = re.subn(pattern, new, path.read_text(encoding="utf-8"), flags=re.M)
+    assert count
+    path.write_text(text, encoding="utf-8")
+
+
+def rewrite_source(copy, *pair):
+    """Replace a text of the source, and its hash in all places."""
+    path = copy.folder / "seed1.log"
+    before = _record_files.read_log(path).source_sha256
+    rewrite(path, pair)
+    after = _record_files.read_log(path).source_sha256
+    for seed in (2, 3):
+        rewrite(copy.folder / f"seed{seed}.log", (before, after))
+    rebuild(copy.root, copy.folder)
+
+
 def edit_log(path, change, printed=True):
     """`change` RESULT of a log, and all that the log says of the same (printed: its table too)."""
     text = path.read_text(encoding="utf-8")
@@ -207,10 +225,7 @@ def edit_config_in_result(copy):
 
 
 def edit_fact(copy):
-    path = copy.folder / "seed2.log"
-    text = path.read_text(encoding="utf-8")
-    path.write_text(re.sub(r'(?m)^(config:.*"weight_decay": )1.5', r"\g<1>9.0", text),
-                    encoding="utf-8")
+    substitute(copy.folder / "seed2.log", r'^(config:.*"weight_decay": )1.5', r"\g<1>9.0")
 
 
 def cut_log(copy):
@@ -219,16 +234,12 @@ def cut_log(copy):
 
 
 def edit_member_line(copy):
-    path = copy.folder / "seed3.log"
-    text = path.read_text(encoding="utf-8")
-    path.write_text(re.sub(r"(member 1/2 done in \d+:\d\d: val loss )\d", r"\g<1>1", text),
-                    encoding="utf-8")
+    substitute(copy.folder / "seed3.log", r"(member 1/2 done in \d+:\d\d: val loss )\d",
+               r"\g<1>1")
 
 
 def edit_reading(copy):
-    path = copy.folder / "seed2.log"
-    text = path.read_text(encoding="utf-8")
-    path.write_text(re.sub(r"(member:2 val_loss:)\d", r"\g<1>1", text), encoding="utf-8")
+    substitute(copy.folder / "seed2.log", r"(member:2 val_loss:)\d", r"\g<1>1")
 
 
 def edit_source(copy):
@@ -237,13 +248,7 @@ def edit_source(copy):
 
 def edit_source_everywhere(copy):
     """Other settings in the source, and its new hash in all places."""
-    path = copy.folder / "seed1.log"
-    before = _record_files.read_log(path).source_sha256
-    rewrite(path, ("'seq_len': 64", "'seq_len': 32"))
-    after = _record_files.read_log(path).source_sha256
-    for seed in (2, 3):
-        rewrite(copy.folder / f"seed{seed}.log", (before, after))
-    rebuild(copy.root, copy.folder)
+    rewrite_source(copy, "'seq_len': 64", "'seq_len': 32")
 
 
 def remove_source(copy):
@@ -253,13 +258,7 @@ def remove_source(copy):
 
 
 def break_source(copy):
-    path = copy.folder / "seed1.log"
-    before = _record_files.read_log(path).source_sha256
-    rewrite(path, ("import contextlib\n", "import a_module_that_is_not_there\n"))
-    for seed in (2, 3):
-        rewrite(copy.folder / f"seed{seed}.log",
-                (before, _record_files.read_log(path).source_sha256))
-    rebuild(copy.root, copy.folder)
+    rewrite_source(copy, "import contextlib\n", "import a_module_that_is_not_there\n")
 
 
 def edit_learned_weights(copy):
@@ -360,10 +359,8 @@ def score_fewer_tokens(copy):
 
 def take_too_long(copy):
     for seed in SEEDS:
-        path = copy.folder / f"seed{seed}.log"
-        text = path.read_text(encoding="utf-8")
-        path.write_text(re.sub(r"(member \d/2 done in )\d+:\d\d", rf"\g<1>{minutes(200)}", text),
-                        encoding="utf-8")
+        substitute(copy.folder / f"seed{seed}.log", r"(member \d/2 done in )\d+:\d\d",
+                   rf"\g<1>{minutes(200)}")
     forge(copy, train_longer)
 
 

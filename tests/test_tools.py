@@ -720,11 +720,12 @@ class MadeUpRuns:
 def test_search_goes_along_epochs_decays_and_fields(epochs, wd):
     lowest = MadeUpRuns(epochs, wd, True, False, True)
     guess = 8, 1.0, (False, True, True)
-    for flipped, values in ((baseline.TRIED, (True, False, True)), ((), guess[2])):
-        found = baseline.search(lowest, 100, guess, flipped)
+    both = *baseline.ALONG, *baseline.FLIPS
+    for steps, values in ((both, (True, False, True)), (baseline.ALONG, guess[2])):
+        found = baseline.search(lowest, 100, guess, steps)
         assert found == lowest.measure(100, epochs, wd, values)
         assert baseline.settings_of(found) == (epochs, wd, values)
-    once = baseline.search(lowest, 100, guess, baseline.TRIED, is_once=True)
+    once = baseline.search(lowest, 100, guess, baseline.FLIPS)
     assert baseline.settings_of(once) == (8, 1.0, (True, False, True))
 
 
@@ -733,7 +734,8 @@ def test_each_budget_begins_with_what_was_best_at_the_one_before():
     asked = []
     measure = lowest.measure
     lowest.measure = lambda tokens, *key: asked.append((tokens, key)) or measure(tokens, *key)
-    found = baseline.tune(lowest, [100, 200], (16, 1.0, (False, True, True)), baseline.TRIED)
+    found = baseline.tune(lowest, [100, 200], (16, 1.0, (False, True, True)),
+                          (*baseline.ALONG, *baseline.FLIPS))
     best = 4, 0.1, (True, True, False)
     assert found == [measure(tokens, *best) for tokens in (100, 200)]
     assert next(key for tokens, key in asked if tokens == 200) == best

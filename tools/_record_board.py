@@ -5,9 +5,9 @@ import struct
 import zlib
 from pathlib import Path
 
-
 from _record_files import as_loss, between, history, read_record, record_folders, sha256
 from _record_verify import check_schema, numbers_of
+from plot import COLOURS
 from train_gpt import BASELINES, TRACK_NAMES, UserError, minutes, write_whole
 
 PICTURE = Path("records/history.png")
@@ -17,7 +17,6 @@ PUBLIC = (("tiny", 3.295, "15 minutes on 8 H100", 99), ("limited", 3.183, "1 hou
           ("two_hour", 3.139, "2 hours on 8 H100", 96),
           ("unlimited", 2.987, "80 hours on 5 x 8 H100", 90))
 PULL = "https://github.com/qlabs-eng/slowrun/pull"
-COLOURS = ("#1b3a6b", "#d1662b", "#4f9d69")
 
 
 # ==== Tables ====================================================================================

@@ -13,6 +13,7 @@ import torch
 from _record_checks import check_data
 from _record_files import RunLog, load_source, read_log, read_record, sha256, weights_of
 from _record_submit import cpu_name
+from _runs import over_vocabulary
 from train_gpt import UserError, as_text, member_path, read_tensors
 
 CONTEXTS = 384              # of val, for which the mixture is summed over the vocabulary
@@ -130,9 +131,7 @@ def probabilities(module, config, weights, tokens):
     logits, stands_for = module.token_logits(
         hidden, model.head.weight, module.shift(tokens, 1).flatten(), config,
         config.row_memory * tokens.shape[1])
-    p = torch.softmax(logits.double(), dim=1)
-    stands_for = stands_for.clamp(min=0).expand_as(p)       # what is nothing has p = 0
-    return torch.zeros(len(p), config.vocab_size, dtype=p.dtype).scatter_add(1, stands_for, p)
+    return over_vocabulary(logits, stands_for, config.vocab_size)
 
 
 def check_mixture(module, folder, result, dataset):
@@ -172,7 +171,7 @@ def sum_mixture(module, folder, result, dataset):
         lines.append("note      scores are means over epochs, whose weights are not kept: they were"
                      " not compared with the last epoch's distribution")
     off = float((total - 1).abs().max())
-    rounding = 1e-4 * len(result["members"])        # weights in RESULT have four digits
+    rounding = 1e-6 * len(result["members"])        # weights in RESULT have six digits
     if off > SUM_TOLERANCE + rounding * (result["final_mixture"] != "uniform"):
         return [*lines, "WRONG     the declared mixture does not sum to one over the vocabulary:"
                 f" off by {off:.2g} on {len(total)} contexts"], False

@@ -3,7 +3,6 @@ import datetime
 import os
 import re
 import shutil
-import subprocess
 
 import torch
 
@@ -12,7 +11,7 @@ from _record_files import (ALLOWED, FORMAT, MOST_LOGP_BYTES, SPLITS, from_logs, 
                            load_source, markers, plain, read_log, sha256, standing, verdict,
                            without_source)
 from _record_verify import check_record, check_seeds, numbers_of
-from _runs import load_logp, read_result
+from _runs import load_logp, read_result, run_git
 from train_gpt import UserError, hardware_name, write_json, write_tensors
 
 README = """# {description}
@@ -35,15 +34,6 @@ By {author}, {date}. Track `{track}`, number {number}.
 {todo}
 """
 TODO = "_The author's words._"
-
-
-def run_git(root, *arguments):
-    """What git says, as bytes; None if it fails."""
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True)
-    except OSError:
-        return None
-    return done.stdout if done.returncode == 0 else None
 
 
 def committed_source(root):

@@ -1,6 +1,7 @@
 """What the tools share: train_gpt.py found, arguments, errors in one line, finished runs read."""
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -101,10 +102,24 @@ def probabilities(model, tokens, temperature=1.0):
     logits, stands_for = token_logits(hidden, model.head.weight.to(hidden.dtype),
                                       shift(tokens, 1).flatten(), config,
                                       config.row_memory * tokens.shape[1])
-    p = torch.softmax(logits.double().cpu() / temperature, dim=1)
+    p = over_vocabulary(logits.double() / temperature, stands_for, config.vocab_size)
+    return p.view(*tokens.shape, -1)
+
+
+def over_vocabulary(logits, stands_for, vocab_size):
+    """p of each token, fp64 [n, vocab_size] on the CPU, from what token_logits returns."""
+    p = torch.softmax(logits.double().cpu(), dim=1)
     stands_for = stands_for.cpu().clamp(min=0).expand_as(p)     # what is nothing has p = 0
-    total = torch.zeros(len(p), config.vocab_size, dtype=p.dtype).scatter_add(1, stands_for, p)
-    return total.view(*tokens.shape, -1)
+    return torch.zeros(len(p), vocab_size, dtype=p.dtype).scatter_add(1, stands_for, p)
+
+
+def run_git(root, *arguments):
+    """What git says in the folder `root`, as bytes; None if it fails or is not there."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True)
+    except OSError:
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 def load_logp(folder, number):

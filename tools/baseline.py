@@ -23,7 +23,7 @@ import hashlib
 import json
 import time
 from dataclasses import asdict, replace
-from itertools import product
+from functools import partial
 
 from _runs import ROOT, config_from_arguments, run_tool
 from train_gpt import (FIELDS, HEADER_INTS, Log, Trainer, UserError, check_ranges,
@@ -87,11 +87,11 @@ def measure_baseline(config, overrides):
     budgets = [m * config.train_tokens for m in MULTIPLES if m * config.train_tokens <= available]
     few = [tokens for tokens in budgets if tokens <= TUNED_UP_TO * config.train_tokens]
     runs = Runs(plain(config), runtime, log)
-    chosen = {"one_epoch": tune(runs, budgets, FIRST_ONCE, TRIED, is_once=True),
-              "tuned": tune(runs, few, FIRST_GUESS, TRIED)}
+    chosen = {"one_epoch": tune(runs, budgets, FIRST_ONCE, FLIPS),
+              "tuned": tune(runs, few, FIRST_GUESS, (*ALONG, *FLIPS))}
     runs = Runs(single(config), runtime, log)
     guess = config.num_epochs, config.weight_decay, (config.unet, config.qk_norm, False)
-    chosen["single"] = tune(runs, few, guess)
+    chosen["single"] = tune(runs, few, guess, ALONG)
     curves = {kind: [[run["tokens"], run["val"]] for run in found]
               for kind, found in chosen.items()}
     if runtime.is_main:
@@ -107,11 +107,11 @@ def measure_baseline(config, overrides):
     log.say(f"stored in {dataset / 'meta.json'} after {minutes(time.perf_counter() - start)}")
 
 
-def tune(runs, budgets, guess, flipped=(), is_once=False):
+def tune(runs, budgets, guess, steps):
     """The best run at each budget of `search`, begun with what was best at the one before."""
     chosen = []
     for tokens in budgets:
-        chosen.append(search(runs, tokens, guess, flipped, is_once))
+        chosen.append(search(runs, tokens, guess, steps))
         guess = settings_of(chosen[-1])
     return chosen
 
@@ -121,34 +121,44 @@ def settings_of(run):
     return run["epochs"], run["weight_decay"], tuple(run[name] for name in TRIED)
 
 
-def search(runs, tokens, guess, flipped=(), is_once=False):
+def search(runs, tokens, guess, steps):
     """The run with the lowest selection loss at budget `tokens`, from `guess` (of settings_of)
-    outwards: along epochs, WEIGHT_DECAYS (is_once: neither) and what of TRIED is in `flipped`, as
-    far as each step helps."""
-    def longer(run):
-        return {"epochs": 2 * run["epochs"]}
-
-    def shorter(run):
-        return {"epochs": run["epochs"] // 2} if run["epochs"] > 1 else None
-
-    def heavier(run):
-        more = [wd for wd in WEIGHT_DECAYS if wd > run["weight_decay"]]
-        return {"weight_decay": more[0]} if more else None
-
-    def lighter(run):
-        less = [wd for wd in WEIGHT_DECAYS if wd < run["weight_decay"]]
-        return {"weight_decay": less[-1]} if less else None
-
-    flips = [lambda run, name=name: {name: not run[name]} for name in flipped]
-    along = () if is_once else (longer, shorter, heavier, lighter)
+    outwards: each of `steps` (of ALONG, FLIPS) in turn, as far as it helps."""
     best = runs.measure(tokens, *guess)
-    for step in (*along, *flips):
+    for step in steps:
         while changed := step(best):
             found = runs.measure(tokens, *settings_of({**best, **changed}))
             if found["selection"] >= best["selection"]:
                 break
             best = found
     return best
+
+
+# A step of a search: what it changes in a run's settings, None where there is no further.
+def longer(run):
+    return {"epochs": 2 * run["epochs"]}
+
+
+def shorter(run):
+    return {"epochs": run["epochs"] // 2} if run["epochs"] > 1 else None
+
+
+def heavier(run):
+    more = [wd for wd in WEIGHT_DECAYS if wd > run["weight_decay"]]
+    return {"weight_decay": more[0]} if more else None
+
+
+def lighter(run):
+    less = [wd for wd in WEIGHT_DECAYS if wd < run["weight_decay"]]
+    return {"weight_decay": less[-1]} if less else None
+
+
+def flip(name, run):
+    return {name: not run[name]}
+
+
+ALONG = longer, shorter, heavier, lighter
+FLIPS = tuple(partial(flip, name) for name in TRIED)
 
 
 class Runs:

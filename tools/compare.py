@@ -16,14 +16,13 @@ import functools
 import glob
 import hashlib
 import json
-import subprocess
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from _runs import ROOT, compared, read_result, run_tool
+from _runs import ROOT, compared, read_result, run_git, run_tool
 from train_gpt import UserError, minutes
 
 SPLITS = ("selection", "val", "holdout")
@@ -194,16 +193,10 @@ def short(settings, base):
 @functools.cache
 def describe(name, digest):
     """"3f2a91c, commit ab12cd3" of a source, or "3f2a91c, not committed", as far as git knows."""
-    def git(*arguments):
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True)
-        return done.stdout if done.returncode == 0 else b""
-
-    try:
-        commits = git("log", "-n", "100", "--format=%h", "--", name).decode().split()
-    except OSError:             # no git
-        return digest[:7]
+    commits = (run_git(ROOT, "log", "-n", "100", "--format=%h", "--", name) or b"").decode().split()
     for commit in commits:
-        if hashlib.sha256(git("show", f"{commit}:./{name}")).hexdigest() == digest:
+        source = run_git(ROOT, "show", f"{commit}:./{name}") or b""
+        if hashlib.sha256(source).hexdigest() == digest:
             return f"{digest[:7]}, commit {commit}"
     return f"{digest[:7]}, not committed" if commits else digest[:7]
 
