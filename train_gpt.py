@@ -205,8 +205,6 @@ FREE = ("run_id", "runs_dir", "save_minutes", "allow_changed", "hang_minutes", "
 ADAM_EPS = 1e-10            # added to the root of AdamW's second moment
 GATE_CHANNELS = 12          # of the residual stream, that attention gates read
 VALUE_GATE_CHANNELS = 32    # the same of the gates of value projections
-ASSUMED_MFU = 0.4           # of GPUs, for the estimate of time before a run
-CPU_FLOPS = 5e10            # of a core, for the same
 BASELINES = {"one_epoch": "one epoch", "tuned": "a tuned plain model", "single": "a tuned member"}
 PROGRESS_SECONDS = 5        # between lines of progress on the console
 
@@ -991,15 +989,6 @@ def is_distilled(config, number):
     """Whether member `number` (from 1) has a teacher."""
     return bool(config.kd_alpha) and number >= max(2, config.kd_from)
 
-def planned_flops(config, tokens):
-    """Training FLOPs of each member, a list, with `tokens` an epoch."""
-    by_stage, teacher = step_flops(config)
-    starts = [*(stage.start for stage in by_stage), 1.0]
-    a_token = sum(flops * (end - start) for flops, (start, end) in
-                  zip(by_stage.values(), itertools.pairwise(starts)))
-    return [tokens * config.num_epochs * (a_token + teacher * is_distilled(config, number))
-            for number in range(1, config.num_models + 1)]
-
 # ==== Loss ==============================================================================
 class LossSpec(NamedTuple):
     """The loss of some tokens: (1 - alpha) * CE + alpha * T^2 * KL(teacher || student)."""
@@ -1014,21 +1003,26 @@ def capped_logits(hidden, weight, softcap):
     return softcap * torch.tanh(z / softcap) if softcap else z
 
 def token_logits(hidden, weight, targets, config, row):
-    """(logits [n, V], the token that each stands for, int64 [1 or n, V]). hidden [n, D], weight
-    [V, D]; the padding of the vocabulary is -inf, its token -1. row > 0: hidden is of whole rows of
-    so many tokens, and row more columns say what stands earlier in them (TRIME, arXiv 2205.12674):
-    the targets (int64 [n], -1: none) of earlier positions i, with logits h_t h_i / sqrt(D)."""
+    """Logits of all that may come next: the vocabulary, [n, V] (its padding is -inf); what stands
+    earlier in the row (TRIME, arXiv 2205.12674), [n, row]; and which token that is, int64 [n, row].
+    hidden [n, D], of whole rows of `row` tokens (0: nothing is remembered), weight [V, D]. An
+    earlier position i, with the logit h_t h_i / sqrt(D), stands for its target (int64 [n]), where
+    it has one; -inf and -1 are nothing."""
     logits = capped_logits(hidden, weight, config.softcap)
-    tokens = torch.arange(len(weight), device=hidden.device).unsqueeze(0)
-    tokens = torch.where(tokens < config.vocab_size, tokens, -1)
-    if row:
-        rows = hidden.view(-1, row, hidden.shape[1])
-        similar = (rows @ rows.mT).to(logits.dtype).view(-1, row) * hidden.shape[1] ** -0.5
-        earlier = torch.ones(row, row, dtype=torch.bool, device=hidden.device).tril(-1)
-        seen = torch.where(earlier, targets.view(-1, 1, row), -1).view(-1, row)
-        logits = torch.cat((logits, similar), dim=1)
-        tokens = torch.cat((tokens.expand(len(hidden), -1), seen), dim=1)
-    return torch.where(tokens >= 0, logits, -torch.inf), tokens
+    is_token = torch.arange(len(weight), device=hidden.device) < config.vocab_size
+    logits = torch.where(is_token, logits, -torch.inf)
+    if not row:
+        return logits, logits[:, :0], targets.unsqueeze(1)[:, :0]
+    rows = hidden.view(-1, row, hidden.shape[1])
+    similar = (rows @ rows.mT).to(logits.dtype).view(-1, row) * hidden.shape[1] ** -0.5
+    earlier = torch.ones(row, row, dtype=torch.bool, device=hidden.device).tril(-1)
+    seen = torch.where(earlier, targets.view(-1, 1, row), -1).view(-1, row)
+    return logits, torch.where(seen >= 0, similar, -torch.inf), seen
+
+def log_sum(logits, similar):
+    """log(sum of exp) over the columns of both, [n, 1]."""
+    return torch.logaddexp(torch.logsumexp(logits, dim=1, keepdim=True),
+                           torch.logsumexp(similar, dim=1, keepdim=True))
 
 def loss_chunk(hidden, weight, targets, teacher, spec):
     """Loss and gradients of one chunk of tokens, the only ones whose [n, V] logits exist.
@@ -1036,46 +1030,55 @@ def loss_chunk(hidden, weight, targets, teacher, spec):
     the next token and those after it (-1: none). Returns {name: sum} and the gradients for hidden
     and weight, by d(CE) / d(logits) = p - p(. | target), d(T^2 KL) / d(logits) = T (p_T - q_T)."""
     config, alpha, T = spec.config, spec.alpha, spec.config.kd_temperature
-    logits, tokens = token_logits(hidden, weight, targets[:, 0], config, spec.row)
-    logp = torch.log_softmax(logits, dim=1)
+    logits, similar, seen = token_logits(hidden, weight, targets[:, 0], config, spec.row)
+    log_all = log_sum(logits, similar)
+    columns = torch.arange(len(weight), device=hidden.device)
     counted = targets[:, :1] >= 0
-    grad, ce = 0, []
+    ce, grad, grad_similar = [], 0, 0
     for j in range(targets.shape[1]):
-        is_there = counted & (targets[:, j:j + 1] >= 0)
-        right = torch.where(tokens == targets[:, j:j + 1], logp, -torch.inf)
-        logp_right = torch.logsumexp(right, dim=1, keepdim=True)
-        ce.append(-torch.where(is_there, logp_right, 0).sum())
-        grad = grad + spec.target_weights[j] * torch.where(
-            is_there, logp.exp() - (right - logp_right).exp(), 0)
-    ce, next_ce = sum(w * part for w, part in zip(spec.target_weights, ce)), ce[0]
-    grad = (1 - alpha) * grad
-    sums = {"loss": (1 - alpha) * ce, "train_loss": next_ce, "kl": torch.zeros_like(ce)}
+        target = targets[:, j:j + 1]
+        right = logits.gather(1, target.clamp(min=0))
+        right_similar = torch.where(seen == target, similar, -torch.inf)
+        log_right = log_sum(right, right_similar)
+        is_there = counted & (target >= 0)
+        ce.append(torch.where(is_there, log_all - log_right, 0).sum())
+        share = spec.target_weights[j] * is_there
+        grad = grad + share * ((logits - log_all).exp() - torch.where(
+            columns == target, (right - log_right).exp(), 0))
+        grad_similar = grad_similar + share * (
+            (similar - log_all).exp() - (right_similar - log_right).exp())
+    sums = {"loss": sum(w * part for w, part in zip(spec.target_weights, ce)),
+            "train_loss": ce[0], "kl": torch.zeros_like(ce[0])}
     if teacher is not None:
-        teacher_logits, _ = token_logits(*teacher, targets[:, 0], config, spec.row)
-        sums["kl"], kl_grad = distillation(logits, logp, teacher_logits, counted, T)
-        sums["loss"] = sums["loss"] + alpha * T ** 2 * sums["kl"]
-        grad = grad + alpha * T * kl_grad
-    grad = torch.where(counted, grad, 0)
-    of_logits = grad[:, :len(weight)]
+        taught = token_logits(*teacher, targets[:, 0], config, spec.row)[:2]
+        sums["kl"], kl_grads = distillation((logits, similar), taught, counted, T)
+        sums["loss"] = (1 - alpha) * sums["loss"] + alpha * T ** 2 * sums["kl"]
+        grad = (1 - alpha) * grad + alpha * T * kl_grads[0]
+        grad_similar = (1 - alpha) * grad_similar + alpha * T * kl_grads[1]
     if config.softcap:          # tanh's slope, 0 for the padding
-        shown = logits[:, :len(weight)].clamp(min=-config.softcap)
-        of_logits = of_logits * (1 - (shown / config.softcap) ** 2)
-    of_logits = of_logits.to(hidden.dtype)
-    of_hidden = of_logits @ weight
+        grad = grad * (1 - (logits.clamp(min=-config.softcap) / config.softcap) ** 2)
+    grad = grad.to(hidden.dtype)
+    of_hidden = grad @ weight
     if spec.row:
         rows = hidden.view(-1, spec.row, hidden.shape[1])
-        similar = (grad[:, len(weight):] * hidden.shape[1] ** -0.5).to(hidden.dtype)
-        similar = similar.view(-1, spec.row, spec.row)
-        of_hidden = of_hidden + ((similar + similar.mT) @ rows).view_as(hidden)
-    return sums, of_hidden, of_logits.T @ hidden
+        grad_similar = (grad_similar * hidden.shape[1] ** -0.5).to(hidden.dtype)
+        grad_similar = grad_similar.view(-1, spec.row, spec.row)
+        of_hidden = of_hidden + ((grad_similar + grad_similar.mT) @ rows).view_as(hidden)
+    return sums, of_hidden, grad.T @ hidden
 
-def distillation(logits, logp, teacher_logits, counted, T):
-    """(sum of KL(teacher || student) at temperature T, T d(KL) / d(logits) [n, V])."""
-    teacher_logp = torch.log_softmax(teacher_logits / T, dim=1)
-    student_logp = torch.log_softmax(logits / T, dim=1) if T != 1 else logp
-    q = teacher_logp.exp()
-    difference = torch.where(q > 0, teacher_logp - student_logp, 0)
-    return torch.where(counted, q * difference, 0).sum(), student_logp.exp() - q
+def distillation(logits, teacher_logits, counted, T):
+    """(sum of KL(teacher || student) at temperature T, T d(KL) / d(each of the logits), 0 where a
+    token does not count). logits, teacher_logits: both of token_logits."""
+    log_all = log_sum(*(z / T for z in logits))
+    teacher_log_all = log_sum(*(z / T for z in teacher_logits))
+    kl, grads = 0, []
+    for z, teacher_z in zip(logits, teacher_logits):
+        logp = z / T - log_all
+        teacher_logp = teacher_z / T - teacher_log_all
+        q = teacher_logp.exp()
+        kl = kl + torch.where(counted & (q > 0), q * (teacher_logp - logp), 0).sum()
+        grads.append(torch.where(counted, logp.exp() - q, 0))
+    return kl, grads
 
 class KnownGradient(torch.autograd.Function):
     """`loss`, whose gradients for hidden and weight have been computed with it."""
@@ -1117,9 +1120,11 @@ def chunked_loss(hidden, weight, targets, teacher, spec, chunk_function=loss_chu
 def target_logprobs(hidden, weight, targets, config):
     """log p(target), fp32 [N]. hidden [N, D], weight [V, D], targets int64 [N] (-1: junk)."""
     row = config.row_memory * config.seq_len
-    logits, tokens = token_logits(hidden, weight, targets, config, row)
-    right = torch.where(tokens == targets.unsqueeze(1), logits, -torch.inf)
-    return torch.logsumexp(right, dim=1) - torch.logsumexp(logits, dim=1)
+    logits, similar, seen = token_logits(hidden, weight, targets, config, row)
+    targets = targets.unsqueeze(1)
+    right = logits.gather(1, targets.clamp(min=0))
+    right_similar = torch.where(seen == targets, similar, -torch.inf)
+    return (log_sum(right, right_similar) - log_sum(logits, similar)).squeeze(1)
 
 # ==== Parameter table and optimizer =====================================================
 POLAR_EXPRESS = (       # five steps for singular values in [1e-3, 1] (arXiv 2505.16932)
@@ -1669,23 +1674,9 @@ def announce(trainer, data, log, overrides, had_run, changes):
             f"machine   {hardware_name(runtime.device)}; torch {torch.__version__},"
             f" {runtime.dtype}, attention {runtime.attention},"
             f" compile {'on' if runtime.compile else 'off'}",
-            estimate(trainer, rows.tokens + rows.num_cut), f"folder    {log.folder}", *data.notes,
-            *runtime.notes, *(f"changed   {change}" for change in changes), ""):
+            f"folder    {log.folder}", *data.notes, *runtime.notes,
+            *(f"changed   {change}" for change in changes), ""):
         log.say(line)
-
-def estimate(trainer, tokens):
-    """A line on the time that training will take, and the memory beside that of micro-batches."""
-    runtime = trainer.runtime
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    speed = CPU_FLOPS * os.cpu_count()
-    if runtime.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(runtime.device).total_memory
-        speed = ASSUMED_MFU * (peak_flops(runtime.device) or 1e14) * runtime.world_size
-    time_needed = minutes(sum(planned_flops(trainer.config, tokens)) / speed)
-    need = 16 * num_parameters(trainer.model)       # weights, gradients, two moments: roughly
-    return (f"estimate  train {time_needed} if it makes {speed / 1e12:.3g} TFLOP/s; weights and"
-            f" optimizer {need / 2 ** 30:.2g} of {memory / 2 ** 30:.0f} GiB"
-            f"{': TOO MUCH' if need > memory else ''}")
 
 def equivalent_tokens(loss, curve):
     """(D, sign): the tokens D at which a baseline curve [[D, loss], ...] reaches `loss`, linear

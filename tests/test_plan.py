@@ -16,8 +16,9 @@ import bench
 import helpers
 import plan
 from helpers import python, random_tokens
-from train_gpt import (PEAK_FLOPS, MuonAdamW, Runtime, Trainer, collect_state, make_config,
-                       micro_batch_rows, start_runtime, write_tensors)
+from train_gpt import (PEAK_FLOPS, TRACKS, MuonAdamW, Rows, Runtime, Trainer, collect_state,
+                       make_config, micro_batch_rows, stage_at, start_runtime, step_flops,
+                       write_tensors)
 
 DTYPES = ("float32", "bfloat16")
 SMALL = dict(preset="toy", device="cpu", compile=False, vocab_size=1000, model_dim=128,
@@ -240,6 +241,51 @@ def test_what_a_person_can_mend_is_one_line(arguments, message):
 def test_gpus_are_those_of_the_script():
     assert set(plan.GPU_MEMORY) == set(PEAK_FLOPS)
     assert set(plan.OTHER_SIZES) <= set(PEAK_FLOPS)
+
+
+# ==== FLOPs of a run ===========================================================================
+def flops_of_all_steps(config, tokens, number):
+    """Of a member: each step in its stage, with the teacher's forward; the last one is not full."""
+    by_stage, teacher = step_flops(config)
+    rows = Rows([np.zeros(tokens, np.uint16)], config.seq_len, config.batch_rows,
+                config.num_epochs, 0, 0)
+    left, total = rows.total_rows, 0.0
+    for step in range(rows.num_steps):
+        a_token = by_stage[stage_at(list(by_stage), step / rows.num_steps)]
+        if config.kd_alpha and number > 1 and number >= config.kd_from:
+            a_token += teacher
+        total += a_token * min(left, rows.batch_rows) * rows.seq_len
+        left -= rows.batch_rows
+    return total
+
+
+@pytest.mark.parametrize("track", TRACKS)
+def test_planned_flops_are_those_of_all_steps(track):
+    config = make_config(track)
+    tokens = config.train_tokens - config.selection_tokens
+    planned = plan.planned_flops(config, tokens)
+    assert len(planned) == config.num_models
+    taught = {}         # what members cost that train alike
+    for number, found in enumerate(planned, 1):
+        is_taught = config.kd_alpha and 1 < number >= config.kd_from
+        if is_taught not in taught:
+            taught[is_taught] = flops_of_all_steps(config, tokens, number)
+        assert found == pytest.approx(taught[is_taught], rel=0.005), number
+
+
+@pytest.mark.parametrize("changes", [
+    dict(kd_alpha=0.5, kd_from=3), dict(loop_count=2, loop_end=2, loop_from_epoch=3),
+    dict(recurrence_from=0.7), dict(window_schedule=((0, 0.125, 0.25), (0.3, 0.5, 1)))], ids=str)
+def test_planned_flops_see_what_a_plan_changes(changes):
+    """With steps that are full and stages that end with one, to the digit."""
+    off = dict(seq_len=256, batch_rows=8, num_epochs=8, num_models=3, kd_alpha=0,
+               window_schedule=(), loop_count=1, recurrence_from=0)
+    plain, config = (make_config("cpu", **{**off, **more}) for more in ({}, changes))
+    tokens = 20 * 8 * 256 + 1
+    found = plan.planned_flops(config, tokens)
+    assert found == pytest.approx([flops_of_all_steps(config, tokens, number)
+                                   for number in (1, 2, 3)], rel=1e-4)
+    assert found[2] != pytest.approx(plan.planned_flops(plain, tokens)[2], rel=1e-3)
 
 
 # ==== Advice ====================================================================================

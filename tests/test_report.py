@@ -4,7 +4,6 @@
 """
 import json
 import math
-import os
 import re
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ import train_gpt
 from helpers import BOS, SCRIPT, make_dataset, random_trainer, small_config
 from train_gpt import (
     TRACKS, Log, Member, announce, as_text, collect_state, data_efficiency, equivalent_tokens,
-    estimate, hardware_name, load_dataset, member_facts, minutes, num_parameters, peak_flops,
+    hardware_name, load_dataset, member_facts, minutes, num_parameters, peak_flops,
     percent, restore_state, result_lines, summarize)
 
 # ==== Data efficiency ===========================================================================
@@ -261,28 +260,8 @@ def test_plan_by_hand(small, tmp_path, capsys):
         "steps     38 a member, of 4 rows x 12 = 48 tokens; 1 process(es), micro-batches of"
         " 4 row(s)"]
     assert plan[4].startswith(f"machine   {hardware_name(torch.device('cpu'))}; torch ")
-    assert plan[5].startswith("estimate  train 0:00 if it makes ")
-    assert plan[6:] == [f"folder    {tmp_path / 'run'}", "data      2 documents left out",
+    assert plan[5:] == [f"folder    {tmp_path / 'run'}", "data      2 documents left out",
                         "compile   off: a note", ""]
-
-
-def test_estimate_by_hand(monkeypatch):
-    """FLOPs of all members at an assumed speed; 16 bytes a parameter against the memory."""
-    trainer = random_trainer(num_models=2, kd_alpha=0.5)
-    flops, = set(trainer.flops.values())
-    tokens = 10 ** 9
-    total = (2 * flops + trainer.teacher_flops) * trainer.config.num_epochs * tokens
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    memory = {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 2 ** 30}
-    monkeypatch.setattr(os, "sysconf", memory.get)
-    seconds = int(total / (4 * train_gpt.CPU_FLOPS))
-    line = estimate(trainer, tokens)
-    assert line.startswith(f"estimate  train {seconds // 60}:{seconds % 60:02d} if it makes 0.2 T")
-    assert line.endswith(" of 10 GiB")
-    memory["SC_PAGE_SIZE"] = num_parameters(trainer.model)
-    assert estimate(trainer, tokens).endswith(": TOO MUCH")
-    memory["SC_PHYS_PAGES"] = 16
-    assert not estimate(trainer, tokens).endswith(": TOO MUCH")
 
 
 @pytest.mark.parametrize("track", TRACKS)

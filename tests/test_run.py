@@ -90,8 +90,7 @@ def test_folder_is_named_by_track_settings_and_seed(prose):
 def test_console_begins_with_the_plan(prose):
     plan = prose.console.partition("\n\n")[0]
     lines = dict(re.findall(r"^(\S+) +(.*(?:\n {10}.*)*)", plan, re.M))
-    assert list(lines) == ["track", "settings", "data", "model", "steps", "machine",
-                           "estimate", "folder"]
+    assert list(lines) == ["track", "settings", "data", "model", "steps", "machine", "folder"]
     assert lines["track"] == "cpu: 3 model(s) x 1 epochs"
     assert "num_layers=2" in lines["settings"] and "final_mixture=" in lines["settings"]
     assert re.match(r"\S+M parameters, 2 blocks of width 64; \S+ then \S+ FLOPs a token$",

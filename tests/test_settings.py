@@ -8,14 +8,13 @@ import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
 
-import numpy as np
 import pytest
 
 import train_gpt
 from helpers import SCRIPT, TOY, have_gpus, main, python
-from train_gpt import (FIELDS, TRACKS, Rows, UserError, as_text, check_combinations, check_ranges,
+from train_gpt import (FIELDS, TRACKS, UserError, as_text, check_combinations, check_ranges,
                        is_distilled, make_config, micro_batch_rows, opt, parse, parse_arguments,
-                       parse_schedule, planned_flops, stage_at, step_flops)
+                       parse_schedule)
 
 EVERY_TRACK = [(track, preset) for track in TRACKS for preset in ("", "toy")]
 
@@ -320,50 +319,6 @@ def test_members_that_have_a_teacher(alpha, first, taught):
     """Those from kd_from on, never the first."""
     config = replace(make_config("cpu"), kd_alpha=alpha, kd_from=first)
     assert [number for number in range(1, 5) if is_distilled(config, number)] == taught
-
-
-def flops_of_all_steps(config, tokens, number):
-    """Of a member: each step in its stage, with the teacher's forward; the last one is not full."""
-    by_stage, teacher = step_flops(config)
-    rows = Rows([np.zeros(tokens, np.uint16)], config.seq_len, config.batch_rows,
-                config.num_epochs, 0, 0)
-    left, total = rows.total_rows, 0.0
-    for step in range(rows.num_steps):
-        a_token = by_stage[stage_at(list(by_stage), step / rows.num_steps)]
-        if config.kd_alpha and number > 1 and number >= config.kd_from:
-            a_token += teacher
-        total += a_token * min(left, rows.batch_rows) * rows.seq_len
-        left -= rows.batch_rows
-    return total
-
-
-@pytest.mark.parametrize("track", TRACKS)
-def test_planned_flops_are_those_of_all_steps(track):
-    config = make_config(track)
-    tokens = config.train_tokens - config.selection_tokens
-    planned = planned_flops(config, tokens)
-    assert len(planned) == config.num_models
-    plans = {}          # what members cost that train alike
-    for number, found in enumerate(planned, 1):
-        plan = config.kd_alpha and 1 < number >= config.kd_from
-        if plan not in plans:
-            plans[plan] = flops_of_all_steps(config, tokens, number)
-        assert found == pytest.approx(plans[plan], rel=0.005), number
-
-
-@pytest.mark.parametrize("changes", [
-    dict(kd_alpha=0.5, kd_from=3), dict(loop_count=2, loop_end=2, loop_from_epoch=3),
-    dict(recurrence_from=0.7), dict(window_schedule=((0, 0.125, 0.25), (0.3, 0.5, 1)))], ids=str)
-def test_planned_flops_see_what_a_plan_changes(changes):
-    """With steps that are full and stages that end with one, to the digit."""
-    off = dict(seq_len=256, batch_rows=8, num_epochs=8, num_models=3, kd_alpha=0,
-               window_schedule=(), loop_count=1, recurrence_from=0)
-    plain, config = (make_config("cpu", **{**off, **more}) for more in ({}, changes))
-    tokens = 20 * 8 * 256 + 1
-    found = planned_flops(config, tokens)
-    assert found == pytest.approx([flops_of_all_steps(config, tokens, number)
-                                   for number in (1, 2, 3)], rel=1e-4)
-    assert found[2] != pytest.approx(planned_flops(plain, tokens)[2], rel=1e-3)
 
 
 def test_batch_that_processes_cannot_share(refused, monkeypatch):

@@ -21,8 +21,9 @@ def all_logits(hidden, weight, targets, spec):
     config = spec.config
     if not spec.row:
         return capped_logits(hidden, weight, config.softcap)[:, :config.vocab_size], None
-    logits, tokens = token_logits(hidden, weight, targets[:, 0], config, spec.row)
-    return logits.clamp(min=NOTHING), tokens
+    logits, similar, seen = token_logits(hidden, weight, targets[:, 0], config, spec.row)
+    columns = torch.arange(len(weight), device=hidden.device).expand_as(logits)
+    return torch.cat((logits, similar), dim=1).clamp(min=NOTHING), torch.cat((columns, seen), dim=1)
 
 
 def cross_entropy(logp, tokens, targets, counted):
@@ -36,7 +37,7 @@ def cross_entropy(logp, tokens, targets, counted):
 
 def naive_loss(hidden, weight, targets, teacher, spec):
     """What chunked_loss returns, but from logits [N, V] that exist all at once."""
-    config, T = spec.config, spec.config.kd_temperature
+    T = spec.config.kd_temperature
     logits, tokens = all_logits(hidden, weight.to(hidden.dtype), targets, spec)
     logp = torch.log_softmax(logits, dim=1)
     counted = targets[:, 0] >= 0

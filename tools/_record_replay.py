@@ -128,10 +128,10 @@ def probabilities(module, config, weights, tokens):
     model = module.GPT(config, torch.float64).double().eval()
     model.load_state_dict(weights)
     hidden = model(tokens).flatten(0, 1)
-    logits, stands_for = module.token_logits(
+    logits = module.token_logits(
         hidden, model.head.weight, module.shift(tokens, 1).flatten(), config,
         config.row_memory * tokens.shape[1])
-    return over_vocabulary(logits, stands_for, config.vocab_size)
+    return over_vocabulary(*logits, config.vocab_size)
 
 
 def check_mixture(module, folder, result, dataset):

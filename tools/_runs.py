@@ -99,18 +99,18 @@ def probabilities(model, tokens, temperature=1.0):
     With the memory of the row, if the model has been trained with it."""
     config = model.config
     hidden = model(tokens).flatten(0, 1)
-    logits, stands_for = token_logits(hidden, model.head.weight.to(hidden.dtype),
-                                      shift(tokens, 1).flatten(), config,
-                                      config.row_memory * tokens.shape[1])
-    p = over_vocabulary(logits.double() / temperature, stands_for, config.vocab_size)
+    logits = token_logits(hidden, model.head.weight.to(hidden.dtype), shift(tokens, 1).flatten(),
+                          config, config.row_memory * tokens.shape[1])
+    p = over_vocabulary(*logits, config.vocab_size, temperature)
     return p.view(*tokens.shape, -1)
 
 
-def over_vocabulary(logits, stands_for, vocab_size):
+def over_vocabulary(logits, similar, seen, vocab_size, temperature=1.0):
     """p of each token, fp64 [n, vocab_size] on the CPU, from what token_logits returns."""
-    p = torch.softmax(logits.double().cpu(), dim=1)
-    stands_for = stands_for.cpu().clamp(min=0).expand_as(p)     # what is nothing has p = 0
-    return torch.zeros(len(p), vocab_size, dtype=p.dtype).scatter_add(1, stands_for, p)
+    logits = torch.cat((logits, similar), dim=1).double().cpu() / temperature
+    p, of_row = torch.softmax(logits, dim=1).tensor_split([len(logits[0]) - seen.shape[1]], dim=1)
+    seen = seen.cpu().clamp(min=0)              # what is nothing has p = 0
+    return p[:, :vocab_size].scatter_add(1, seen, of_row)
 
 
 def run_git(root, *arguments):

@@ -19,6 +19,7 @@ import os
 import sys
 from collections import Counter, namedtuple
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from _runs import run_tool
 from bench import FEATURES, device_peak
 from train_gpt import (GPT, PEAK_FLOPS, MuonAdamW, Rows, Runtime, UserError, hardware_name,
                        is_distilled, layer_order, make_config, micro_batch_rows, num_parameters,
-                       parse_arguments, peak_flops, plan_launch, planned_flops, start_runtime,
+                       parse_arguments, peak_flops, plan_launch, start_runtime, step_flops,
                        training_stages)
 
 GPU_MFU = 0.4               # assumed; public runs of this kind say 0.4 to 0.5 on H100
@@ -149,17 +150,14 @@ def mask_bytes(config):
 def loss_bytes(config, sizes, has_teacher, row=0):
     """What chunked_loss takes at most, its gradients included; row: tokens that are remembered."""
     n = min(config.loss_chunk, sizes.tokens)
-    logits = 4 * n * (config.padded_vocab + row)            # fp32 [n, V + row]
+    logits = 4 * n * (config.padded_vocab + row)            # fp32 [n, V], and [n, row]
     weight = config.model_dim * config.padded_vocab
-    tokens = 2 * bool(row)              # what each column stands for, int64
-    kept = 4 + bool(config.softcap)     # logits, log p, that of the right; gradient, capped logits
-    within = kept + 2 + tokens          # two more p and their difference, or slope of the cap
-    after = kept + tokens               # and the gradient in the dtype
-    if config.softcap or sizes.item < 4:
-        after += sizes.item / 4
-    if has_teacher:     # teacher's logits and log p, its p, difference, two products
-        within = 10 + 2 * tokens + (config.kd_temperature != 1)
-        after += 2 + tokens             # teacher's logits, gradient of KL
+    # logits, p, what of it is the target's, their difference; the gradient of the target before
+    within = 4 + bool(config.second_weight or config.third_weight)
+    after = 1 + sizes.item / 4          # logits, and the gradient in the dtype
+    if has_teacher:     # logits and gradient, the teacher's logits, log p of both, q, two products
+        within = 8.5
+        after += 2      # teacher's logits, gradient of KL
     earlier = weight * sizes.item * (sizes.tokens > n)      # gradient of the chunk before
     chunk = max(within * logits, after * logits + weight * sizes.item)
     gradients = sizes.hidden + 4 * weight                   # for hidden states and for the head
@@ -420,6 +418,16 @@ def time_text(flops, device):
         return "unknown time"
     hours = flops / (device.peak * device.processes * device.mfu) / 3600
     return f"{hours:.2f} hours" if hours >= 0.1 else f"{60 * hours:.2f} minutes"
+
+
+def planned_flops(config, tokens):
+    """Training FLOPs of each member, a list, with `tokens` an epoch."""
+    by_stage, teacher = step_flops(config)
+    starts = [*(stage.start for stage in by_stage), 1.0]
+    a_token = sum(flops * (end - start) for flops, (start, end) in
+                  zip(by_stage.values(), pairwise(starts)))
+    return [tokens * config.num_epochs * (a_token + teacher * is_distilled(config, number))
+            for number in range(1, config.num_models + 1)]
 
 
 def model_lines(config, tokens):
