@@ -35,7 +35,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -97,12 +97,14 @@ class Config:
                                  cpu=4, cpu_long=2, mini=32, tiny=32, unlimited=2, toy=4)
 
     # ---- members and ensemble
-    num_models: int = opt(1, "members, in turn", cpu=3, cpu_long=10, mini=4, unlimited=96, toy=4)
+    num_models: int = opt(1, "members, in turn", cpu=4, cpu_long=10, mini=4, unlimited=96, toy=4)
     num_epochs: int = opt(11, "passes over the data, each member", cpu=12, mini=16, tiny=15,
                           two_hour=22, unlimited=2, toy=2)
     kd_alpha: float = opt(0, "distillation loss", most=1, cpu=0.5, mini=0.5, unlimited=0.45)
     kd_temperature: float = opt(1, "its temperature T", least=0.01, unlimited=1.2)
-    kd_from: int = opt(2, "first member that has a teacher", unlimited=9, toy=2)
+    kd_from: int = opt(2, "first that is taught", cpu=4, cpu_long=2, unlimited=9, toy=2)
+    kd_teachers: int = opt(1, "last members that teach, one in each step", cpu=99, cpu_long=1)
+    kd_epoch_factor: int = opt(1, "times the epochs for who is taught", cpu=3, cpu_long=1, toy=1)
     continue_members: bool = opt(False, "begin as the last one ended", unlimited=True)
     perturb_start: float = opt(0.25, "but perturbed, the second, by std of each tensor")
     perturb_end: float = opt(0.05, "and the last; a cosine in between")
@@ -124,7 +126,7 @@ class Config:
     x0_init: float = opt(0.1, "first a of it (x0: the embedding); 0: no a", cpu=0)
     unet: bool = opt(True, "learned skips from early layers to their mirrors", cpu=False)
     spelling: bool = opt(False, "tokens of like strings learn from each other", cpu=True, mini=True)
-    row_memory: bool = opt(False, "what stands earlier in the row is likelier to come", cpu=True)
+    row_memory: bool = opt(False, "what is in the row is likelier to come", cpu=True, mini=True)
     value_projections: bool = opt(True, "in every second layer values come from x0 too")
     attn_gate: bool = opt(True, "a gate per attention head")
     qk_norm: bool = opt(True, "RMS-normalize queries and keys", cpu=False)
@@ -154,7 +156,6 @@ class Config:
     matrix_lr: float = opt(0.01, "Muon, matrices of the blocks", cpu=0.04, tiny=0.032)
     embed_lr: float = opt(0.0375, "AdamW, embedding", cpu=0.1, tiny=0.12)
     head_lr: float = opt(0.0005, "AdamW, output head", cpu=0.003, tiny=0.0008)
-    head_shared_lr: float = opt(0.0002, "AdamW, head, what strings have in common", cpu=0.003)
     x0_lr: float = opt(0.025, "AdamW, the a of x0_init", cpu=0.02, tiny=0.2)
     scalar_lr: float = opt(0.00025, "AdamW, r of resid_init; skips", cpu=0.002, tiny=0.002)
     gate_lr: float = opt(0, "AdamW, attention gates; 0: Muon, as matrices", tiny=0.2)
@@ -300,9 +301,6 @@ def check_combinations(c):
     if c.loop_count > 1 and c.loop_from_epoch >= c.num_epochs:
         raise UserError(f"--loop_from_epoch={c.loop_from_epoch}, counted from 0, is after the last"
                         f" of --num_epochs={c.num_epochs}; lower it, or --loop_count=1")
-    if c.kd_alpha and 1 < c.num_models < c.kd_from:
-        raise UserError(f"--kd_from={c.kd_from} is after the last of --num_models={c.num_models};"
-                        " lower it, or --kd_alpha=0")
     if c.final_mixture != "uniform" and not c.selection_tokens:
         raise UserError(f"--final_mixture={c.final_mixture} needs --selection_tokens")
     if c.row_memory and c.loss_chunk % c.seq_len:
@@ -989,6 +987,10 @@ def is_distilled(config, number):
     """Whether member `number` (from 1) has a teacher."""
     return bool(config.kd_alpha) and number >= max(2, config.kd_from)
 
+def epochs_of(config, number):
+    """Passes over the data of member `number` (from 1); students are patient (arXiv 2106.05237)."""
+    return config.num_epochs * (config.kd_epoch_factor if is_distilled(config, number) else 1)
+
 # ==== Loss ==============================================================================
 class LossSpec(NamedTuple):
     """The loss of some tokens: (1 - alpha) * CE + alpha * T^2 * KL(teacher || student)."""
@@ -1156,8 +1158,7 @@ def parameter_table(c):
     return [ParameterRow(*row) for row in (
         (r"wte\.weight", ("normal", 1.0), rows, c.embed_lr, c.weight_decay, betas,
          2 * c.embed_lr),       # twice: -0.024 on `cpu`
-        (r"head\.weight", ("normal", 0.001), rows, c.head_lr, c.weight_decay, betas,
-         c.head_shared_lr),
+        (r"head\.weight", ("normal", 0.001), rows, c.head_lr, c.weight_decay, betas, c.head_lr),
         (r"resid_lambdas", ("constant", c.resid_init), "adamw", c.scalar_lr, 0.0, betas),
         (r"skip_lambdas", ("constant", 1.0), "adamw", c.scalar_lr, 0.0, betas),
         (r"x0_lambdas", ("constant", c.x0_init), "adamw", c.x0_lr, 0.0, (0.96, 0.95)),
@@ -1427,7 +1428,7 @@ def ensemble_curve(members):
 # ==== Files: tensors, identity, states ==================================================
 # runs/<id>/run.json: settings and hashes of source and data, which tell what may go on there;
 # lock: held while the run is under way; state.safetensors: what training goes on from; members/:
-# weights of the finished ones, and their log p by split. Tensors come with their SHA-256.
+# weights of the finished ones, and their log p by split.
 class Stopped(Exception):
     """The run was asked to stop, and its state is saved. args: message, exit code."""
 
@@ -1448,19 +1449,9 @@ def write_json(path, value):
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
-def digest(tensors, text):
-    """SHA-256 of `text` and of names, dtypes, shapes and bytes of `tensors`."""
-    total = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()
-
 def write_tensors(path, tensors, facts):
     """Write CPU `tensors` {name: tensor} and `facts` (JSON); OSError if it cannot be."""
-    text = json.dumps(facts)
-    metadata = {"facts": text, "sha256": digest(tensors, text)}
+    metadata = {"facts": json.dumps(facts)}
     try:
         write_whole(path, lambda beside: save_file(tensors, beside, metadata))
         path.chmod(0o644)       # safetensors lets nobody else read it
@@ -1471,12 +1462,9 @@ def read_tensors(path):
     """(tensors, facts) of write_tensors. UserError if the file is not whole."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if metadata["sha256"] != digest(tensors, metadata["facts"]):
-            raise ValueError("its SHA-256 is another")
-        return tensors, json.loads(metadata["facts"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+            return tensors, json.loads(file.metadata()["facts"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); delete it, and"
                         " the run trains again what it held") from None
 
@@ -1659,17 +1647,19 @@ def announce(trainer, data, log, overrides, had_run, changes):
         log.say(f"{key}:{json.dumps(value)}", console=False)
     sets = " ".join(f"{name}={as_text(getattr(c, name))}" for name in TRACKS[c.track] | overrides)
     rows = Member(1, trainer, data).rows
+    lengths = Counter(epochs_of(c, number) for number in range(1, c.num_models + 1))
+    members = [f"{count} model(s) x {epochs} epochs" for epochs, count in lengths.items()]
     scored = [f"{split} {count_tokens(part):,}" for split, part in data.scored.items()]
     flops = " then ".join(dict.fromkeys(f"{count:.4g}" for count in trainer.flops.values()))
     for line in (
-            f"track     {c.track}: {c.num_models} model(s) x {c.num_epochs} epochs",
+            f"track     {c.track}: {' and '.join(members)}",
             *textwrap.wrap(sets, 95, initial_indent="settings  ", subsequent_indent=" " * 10),
             f"data      {c.dataset}: {rows.tokens:,} tokens an epoch in {len(data.train)}"
             f" documents; {', '.join(scored)}",
             f"model     {num_parameters(trainer.model) / 1e6:.4g}M parameters,"
             f" {c.num_layers} blocks of width {c.model_dim}; {flops} FLOPs a token",
-            f"steps     {rows.num_steps:,} a member, of {c.batch_rows} rows x {c.seq_len} ="
-            f" {c.batch_rows * c.seq_len:,} tokens; {runtime.world_size} process(es),"
+            f"steps     {rows.num_steps:,} in {c.num_epochs} epochs, of {c.batch_rows} rows x"
+            f" {c.seq_len} = {c.batch_rows * c.seq_len:,} tokens; {runtime.world_size} process(es),"
             f" micro-batches of {trainer.micro_rows} row(s)",
             f"machine   {hardware_name(runtime.device)}; torch {torch.__version__},"
             f" {runtime.dtype}, attention {runtime.attention},"
@@ -1790,6 +1780,7 @@ class Trainer:
         with runtime.device:
             self.model = GPT(config, runtime.dtype, runtime.attention)
         self.teacher = None
+        self.teachers = []          # weights of members that teach
         if config.kd_alpha:
             self.teacher = copy.deepcopy(self.model).to(runtime.dtype).eval()
         self.optimizer = None
@@ -1821,6 +1812,13 @@ class Trainer:
         else:
             self.model.init_weights(seed)
         torch.manual_seed(7919 * seed + runtime.rank)       # dropout differs between ranks
+
+    def add_teacher(self):
+        """The model as it is teaches kd_teachers members to come (Fukuda 2017, Interspeech)."""
+        if self.config.kd_alpha:
+            weights = {name: p.to(self.runtime.dtype, copy=True)
+                       for name, p in self.model.state_dict().items()}
+            self.teachers = [*self.teachers, weights][-self.config.kd_teachers:]
 
     def gradients(self, inputs, targets, progress, distill):
         """Backward passes of this rank's rows; returns {name: its share of the batch's mean}.
@@ -1967,11 +1965,13 @@ def micro_batch_rows(config, world_size):
     return min(config.device_batch_size, most)
 
 class Member:
-    """What one member's training holds beside weights, optimizer and random generators."""
+    """What one member's training holds beside weights, optimizer and random generators.
+    config: the run's, with the member's own num_epochs."""
     counters = ("number", "start", "step", "train_loss", "flops", "ends")   # that a state keeps
 
     def __init__(self, number, trainer, data):
-        config = trainer.config
+        config = replace(trainer.config, num_epochs=epochs_of(trainer.config, number))
+        self.config = config
         self.number = number
         self.seed = 1000 * config.seed + number
         self.distill = is_distilled(config, number)
@@ -1991,12 +1991,10 @@ class Member:
                                      " finite; lower --matrix_lr, --embed_lr or --head_lr")
 
 def train_member(number, trainer, data, log, states=None, state=None):
-    """Train member `number` (from 1) in trainer.model, taught by the one that is there before.
+    """Train member `number` (from 1) in trainer.model, taught by trainer.teachers.
     state: of States, to go on from if it is of this member. Returns facts, {split: log p}."""
     config = trainer.config
     member = Member(number, trainer, data)
-    if member.distill:
-        trainer.teacher.load_state_dict(trainer.model.state_dict())
     trainer.start_member(number, member.seed, state)
     if state and state[1]["number"] == number:
         restore_state(state, trainer, member)
@@ -2022,9 +2020,13 @@ def train_member(number, trainer, data, log, states=None, state=None):
 
 def train_step(trainer, member):
     """One step of the optimizer."""
-    config, rows = trainer.config, member.rows
+    config, rows = member.config, member.rows
     progress = member.step / rows.num_steps
     inputs, targets = rows.step(member.step)
+    if member.distill:
+        random = np.random.default_rng((member.seed, member.step))
+        weights = trainer.teachers[random.integers(len(trainer.teachers))]
+        trainer.teacher.load_state_dict(weights, assign=True)
     sums = trainer.gradients(inputs, targets, progress, member.distill)
     sums["grad_square"] = trainer.optimizer.step(
         lr_multiplier(config, progress), piecewise_linear(config.wd_schedule, progress),
@@ -2048,7 +2050,7 @@ def member_facts(trainer, member):
 def read_losses(trainer, member, log, scored):
     """Read the means of the last steps (which waits for the device); log them, and progress.
     scored: of end_epoch. The gradient's norm is the root of its mean square."""
-    config, runtime, rows = trainer.config, trainer.runtime, member.rows
+    config, runtime, rows = member.config, trainer.runtime, member.rows
     means = torch.stack([torch.stack(values).mean() for values in member.recent.values()])
     losses = dict(zip(member.recent, runtime.all_reduce(means).tolist()))
     member.recent = {}
@@ -2063,7 +2065,8 @@ def read_losses(trainer, member, log, scored):
                 seconds=round(trainer.clocks.seconds()["wall"], 3))
     a_step = facts["train_seconds"] / member.step
     left = a_step * (rows.num_steps - member.step)
-    later = a_step * rows.num_steps * (config.num_models - member.number)
+    later = a_step * rows.num_steps / config.num_epochs * sum(
+        epochs_of(trainer.config, k) for k in range(member.number + 1, config.num_models + 1))
     kl = f"  kl {losses['kl']:.3f}" if losses["kl"] else ""
     selection = f"  selection {scored['selection_loss']:.3f}" if scored else ""
     log.progress(
@@ -2075,7 +2078,7 @@ def read_losses(trainer, member, log, scored):
 def end_epoch(trainer, member, data):
     """If a step ends an epoch: {"selection_loss"} of the stage that was trained, or {}; and what
     the last epochs add to the average: weights, or probabilities of the targets. Else None."""
-    config, rows = trainer.config, member.rows
+    config, rows = member.config, member.rows
     epoch = math.floor(rows.epoch_of(member.step))
     if epoch == math.floor(rows.epoch_of(member.step - 1)):
         return None
@@ -2164,12 +2167,14 @@ def train_members(trainer, data, log, states):
             logp, facts = read_tensors(member_path(log.folder, number, ".logp"))
             logp = {split: values.numpy() for split, values in logp.items()}
             trainer.clocks = Clocks(**facts["clocks"])
-            if not is_finished(log.folder, number + 1):     # which needs this one
+            needed_by = min(number + config.kd_teachers, config.num_models)
+            if not is_finished(log.folder, needed_by):
                 weights, _ = read_tensors(member_path(log.folder, number))
                 trainer.model.load_state_dict(weights)
         else:
             facts, logp = train_member(number, trainer, data, log, states, state)
             facts["clocks"] = trainer.clocks.seconds()
+        trainer.add_teacher()
         members.append(facts)
         if log.is_main:
             scores.append(logp)

@@ -19,7 +19,7 @@ from train_gpt import minutes, read_tensors, result_lines, write_json, write_ten
 
 TOY_TRACK = dict(
     train_tokens=5_000, selection_tokens=1_000, eval_tokens=500, seq_len=64, batch_rows=4,
-    num_models=2, num_epochs=1, num_layers=2, model_dim=64, num_heads=2, loss_chunk=256,
+    num_models=2, kd_from=2, num_epochs=1, num_layers=2, model_dim=64, num_heads=2, loss_chunk=256,
     compile=False, final_mixture="learned", log_steps=2)
 SEEDS = (1, 2, 3)
 FACTS = ("overrides", "data_sha256", "seed", "processes", "torch", "hardware", "config")

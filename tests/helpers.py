@@ -42,7 +42,7 @@ needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++"
 # another rate for each, so that a mistaken one shows
 RATES = dict(
     matrix_lr=0.05, embed_lr=0.11, head_lr=0.07, x0_lr=0.13, scalar_lr=0.17, gate_lr=0.19,
-    head_shared_lr=0.03, momentum=0.9, weight_decay=1.3)
+    momentum=0.9, weight_decay=1.3)
 TECHNIQUES = dict(xsa=True, iha=True, mtp_weight=0.3, **RATES)
 
 

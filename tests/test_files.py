@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import train_gpt
 from train_gpt import (
-    FIELDS, FREE, SOURCE, Log, Runtime, States, UserError, as_text, claim, digest, generator_of,
+    FIELDS, FREE, SOURCE, Log, Runtime, States, UserError, as_text, claim, generator_of,
     identify, make_config, parse_arguments, read_tensors, remember_signals, run_name, write_json,
     write_tensors, write_whole)
 
@@ -132,15 +132,6 @@ def assert_refused(path):
     assert line.endswith("; delete it, and the run trains again what it held")
 
 
-def test_every_flipped_bit_is_found(sound, tmp_path):
-    path = tmp_path / "file.safetensors"
-    for bit in range(8 * len(sound)):
-        held = bytearray(sound)
-        held[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(held)
-        assert_refused(path)
-
-
 def test_a_file_that_is_cut_off_or_too_long_is_found(sound, tmp_path):
     path = tmp_path / "file.safetensors"
     for size in range(len(sound)):
@@ -187,35 +178,14 @@ def as_foreign_safetensors(path):
     save_file(TENSORS, path)
 
 
-def as_foreign_metadata(path):
-    save_file(TENSORS, path, {"facts": "{}", "format": "pt"})
-
-
-def as_facts_of_another(path):
-    text = json.dumps({"step": 4})
-    save_file(TENSORS, path, {"facts": text, "sha256": digest(TENSORS, json.dumps(FACTS))})
-
-
 @pytest.mark.parametrize("make", [
     as_pickle, as_folder, as_nothing, as_dangling_link, as_text_file, as_noise,
-    as_foreign_safetensors, as_foreign_metadata, as_facts_of_another])
+    as_foreign_safetensors])
 def test_a_foreign_file_is_refused(make, tmp_path):
     path = tmp_path / "file.safetensors"
     make(path)
     assert_refused(path)
     assert not (tmp_path / "executed").exists()
-
-
-def test_digest_tells_names_shapes_types_and_texts_apart():
-    zeros, ones = torch.zeros(4), torch.ones(4)
-    different = [
-        ({"a": zeros}, ""), ({"b": zeros}, ""), ({"a": zeros.view(2, 2)}, ""),
-        ({"a": zeros.view(1, 4)}, ""), ({"a": zeros.int()}, ""), ({"a": -zeros}, ""), ({}, ""),
-        ({"a": zeros.view(torch.uint8)}, ""), ({"a": zeros}, "text"), ({}, "text"),
-        ({"a": zeros, "b": ones}, ""), ({"a": ones, "b": zeros}, ""), ({"a": ones}, "")]
-    assert len({digest(*arguments) for arguments in different}) == len(different)
-    assert digest({"b": ones, "a": zeros}, "") == digest({"a": zeros, "b": ones}, "")
-    assert digest({"a": torch.eye(3)[:, :2]}, "") == digest({"a": torch.eye(3, 2)}, "")
 
 
 # ==== The lock ==================================================================================
@@ -286,7 +256,7 @@ def test_a_run_without_a_name_gets_one(tmp_path):
     ("", "cpu_seed1"),
     ("--seed=3 --dropout=0.20", "cpu_dropout0.2_seed3"),
     ("--track=mini --num_models=2 --compile=false", "mini_num_models2_compilefalse_seed1"),
-    ("--num_models=3 --dropout=0 --weight_decay=1.50", "cpu_seed1"),     # as the track has them
+    ("--num_models=4 --dropout=0 --weight_decay=1.50", "cpu_seed1"),     # as the track has them
     ("--runs_dir=x --save_minutes=1 --device_batch_size=2", "cpu_seed1"),
     ("--wd_schedule=0:1,1:0.5 --window_schedule=", "cpu_wd_schedule0-1-1-0.5_window_schedule_seed1"),
     ("--preset=toy --dataset=/a/b", "cpu_presettoy_dataset-a-b_seed1"),

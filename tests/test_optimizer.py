@@ -79,7 +79,7 @@ def test_rows_have_the_rates_of_their_fields(gates_by_muon, spelling):
         adamw = "spelled" if spelling and name in SPELLED else "adamw"
         assert row.optimizer == (adamw if betas else "muon"), name
         assert row.betas == (betas or ()), name
-        assert row.shared_lr == {"wte.weight": 0.22, "head.weight": 0.03}.get(name, 0), name
+        assert row.shared_lr == {"wte.weight": 0.22, "head.weight": 0.07}.get(name, 0), name
 
 
 # ==== Polar Express =============================================================================
@@ -356,7 +356,7 @@ def test_optimizer_equals_the_updates_by_hand(gates_by_muon, spelling):
             rates = lr * lr_multiplier, 1.3 * decays * wd_multiplier
             more = [] if betas else [momentum or 0.9]
             if spelling and name in SPELLED:
-                more = [{"wte.weight": 0.22, "head.weight": 0.03}[name] * lr_multiplier]
+                more = [{"wte.weight": 0.22, "head.weight": 0.07}[name] * lr_multiplier]
             references[name].step(as_array(p.grad), *rates, *more)
         optimizer.step(lr_multiplier, wd_multiplier, momentum)
         assert optimizer.steps == step

@@ -80,11 +80,13 @@ def measured(config):
     tables = bench.random_tables(config, config.vocab_size - 1, np.random.default_rng(1))
     trainer = Trainer(config, start_runtime(config), tables)
     trainer.start_member(1, 1)
-    if trainer.teacher is not None:
-        trainer.teacher.load_state_dict(trainer.model.state_dict())
+    if config.kd_alpha:
+        for _ in range(config.num_models - 1):
+            trainer.add_teacher()
+        trainer.teacher.load_state_dict(trainer.teachers[0], assign=True)
     tokens = random_tokens(config, config.batch_rows, config.seq_len + 1)
     inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:].clone()
-    held = [*trainer.model.parameters(), *(trainer.teacher.parameters() if trainer.teacher else ()),
+    held = [*trainer.model.parameters(), *(p for each in trainer.teachers for p in each.values()),
             *(part for group in trainer.optimizer.groups for part in group.state.values()),
             *trainer.optimizer.features]
     progress = trainer.stages[-1].start
@@ -196,10 +198,11 @@ def test_limited_on_its_public_hardware():
 
 def test_kinds_of_members_are_told_apart():
     out = said("--track=unlimited", "--gpu=H200")
-    counts = re.findall(r"^members +(\d+) (with|without) teacher: ([\d,]+) steps", out, re.M)
+    kind = r"^members +(\d+) (with|without) teacher: 2 epochs, ([\d,]+) steps of"
+    counts = re.findall(kind, out, re.M)
     assert counts == [("8", "without", "381"), ("88", "with", "381")]
     total, = re.findall(r"^run +(\S+) FLOPs", out, re.M)
-    each = re.findall(r"\), (\S+) FLOPs", out)
+    each = re.findall(r" rows, (\S+) FLOPs", out)
     assert sum(int(count) * float(flops) for (count, *_), flops in zip(counts, each)) == (
         pytest.approx(float(total), rel=1e-3))
 
@@ -247,12 +250,13 @@ def test_gpus_are_those_of_the_script():
 def flops_of_all_steps(config, tokens, number):
     """Of a member: each step in its stage, with the teacher's forward; the last one is not full."""
     by_stage, teacher = step_flops(config)
-    rows = Rows([np.zeros(tokens, np.uint16)], config.seq_len, config.batch_rows,
-                config.num_epochs, 0, 0)
+    is_taught = config.kd_alpha and number > 1 and number >= config.kd_from
+    epochs = config.num_epochs * (config.kd_epoch_factor if is_taught else 1)
+    rows = Rows([np.zeros(tokens, np.uint16)], config.seq_len, config.batch_rows, epochs, 0, 0)
     left, total = rows.total_rows, 0.0
     for step in range(rows.num_steps):
         a_token = by_stage[stage_at(list(by_stage), step / rows.num_steps)]
-        if config.kd_alpha and number > 1 and number >= config.kd_from:
+        if is_taught:
             a_token += teacher
         total += a_token * min(left, rows.batch_rows) * rows.seq_len
         left -= rows.batch_rows
@@ -274,7 +278,8 @@ def test_planned_flops_are_those_of_all_steps(track):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(kd_alpha=0.5, kd_from=3), dict(loop_count=2, loop_end=2, loop_from_epoch=3),
+    dict(kd_alpha=0.5, kd_from=3), dict(kd_alpha=0.5, kd_from=2, kd_epoch_factor=3),
+    dict(loop_count=2, loop_end=2, loop_from_epoch=3),
     dict(recurrence_from=0.7), dict(window_schedule=((0, 0.125, 0.25), (0.3, 0.5, 1)))], ids=str)
 def test_planned_flops_see_what_a_plan_changes(changes):
     """With steps that are full and stages that end with one, to the digit."""
@@ -293,7 +298,7 @@ def test_planned_flops_see_what_a_plan_changes(changes):
     ["--track=tiny", "--gpu=RTX 4090"],                                 # fewer rows
     ["--track=mini", "--gpu=RTX 4090", "--device_batch_size=64", "--softcap=0"],
     ["--track=mini", "--gpu=RTX 4090", "--seq_len=16384", "--batch_rows=1",     # loss_chunk, too
-     "--loss_chunk=16384"]])
+     "--loss_chunk=16384", "--row_memory=false"]])
 def test_advice_fits(arguments):
     out = said(*arguments)
     assert "fits      NO" in out

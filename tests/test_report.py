@@ -257,7 +257,7 @@ def test_plan_by_hand(small, tmp_path, capsys):
         " val 400, holdout 400",
         f"model     {parameters / 1e6:.4g}M parameters, 4 blocks of width 48; {flops:.4g} FLOPs a"
         " token",
-        "steps     38 a member, of 4 rows x 12 = 48 tokens; 1 process(es), micro-batches of"
+        "steps     38 in 3 epochs, of 4 rows x 12 = 48 tokens; 1 process(es), micro-batches of"
         " 4 row(s)"]
     assert plan[4].startswith(f"machine   {hardware_name(torch.device('cpu'))}; torch ")
     assert plan[5:] == [f"folder    {tmp_path / 'run'}", "data      2 documents left out",

@@ -427,7 +427,7 @@ def test_cut_tokens_make_more_steps(pair, spelled, tmp_path):
     rows = math.ceil((count - 1) / config["seq_len"]) * config["num_epochs"]
     steps = math.ceil(rows / config["batch_rows"])
     assert run.steps[-1]["step"] == steps > pair.steps[-1]["step"]
-    assert f"steps     {steps:,} a member" in run.console
+    assert f"steps     {steps:,} in " in run.console
 
 
 def test_a_run_by_strings_that_is_stopped_ends_with_the_same_digits(spelled, tmp_path, monkeypatch):

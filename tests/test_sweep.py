@@ -439,12 +439,13 @@ def reported(state, capsys, what=""):
 
 
 def test_part_that_is_done(tmp_path):
-    job, = jobs_in(tmp_path, {"num_models": ["2"], "num_epochs": ["4"]}, seeds=[1])
+    fields = {"num_models": ["2"], "num_epochs": ["4"], "kd_epoch_factor": ["3"]}
+    job, = jobs_in(tmp_path, fields, seeds=[1])
     assert sweep.part_done(job) == 0
     progress(job, 1.0)
-    assert sweep.part_done(job) == pytest.approx(1 / 8)
-    progress(job, 3.0, member=2)
-    assert sweep.part_done(job) == pytest.approx(7 / 8)
+    assert sweep.part_done(job) == pytest.approx(1 / 16)
+    progress(job, 10.0, member=2)
+    assert sweep.part_done(job) == pytest.approx(14 / 16)
     with open(job.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"member": 2, "val_loss": 5.0}\n')
     assert sweep.part_done(job) == 1

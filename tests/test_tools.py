@@ -376,18 +376,11 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-7])
 
 
-def flip(path):
-    held = bytearray(path.read_bytes())
-    held[int(0.6 * len(held))] ^= 16
-    path.write_bytes(held)
-
-
-@pytest.mark.parametrize("spoil", [cut, flip])
-def test_damaged_members_are_one_line(spoil, runs, tmp_path):
+def test_damaged_members_are_one_line(runs, tmp_path):
     run = copied(runs.two, tmp_path / "run")
     for number, kind, module in ((2, "", sample), (1, ".logp", mix)):
         path = run / f"members/{number:03d}{kind}.safetensors"
-        spoil(path)
+        cut(path)
         arguments = [run, f"--member={number}"] if module is sample else [run]
         assert complaint(module, *arguments).startswith(f"error: {path}: damaged (")
     assert said(sample, run, "--member=1")      # of which the weights are whole

@@ -530,8 +530,9 @@ def test_processes_begin_alike_and_drop_out_differently():
 
 # ==== What every step is given ==================================================================
 SCHEDULES = dict(
-    num_models=5, num_epochs=4, batch_rows=8, kd_from=3, kd_alpha=0.5,
-    lr_warmdown=0.5, lr_power=0.5, lr_floor=0.1, sawtooth_epochs=1, sawtooth_floor=0.05,
+    num_models=5, num_epochs=4, batch_rows=8, kd_from=3, kd_alpha=0.5, kd_teachers=2,
+    kd_epoch_factor=2, split_tokens=0, lr_warmdown=0.5, lr_power=0.5, lr_floor=0.1,
+    sawtooth_epochs=1, sawtooth_floor=0.05,
     wd_schedule="0:1,0.5:0.25,0.5:2,1:3", momentum=0.9, momentum_start=0.6, momentum_steps=11,
     loop_start=1, loop_end=1, loop_count=2, loop_from_epoch=1, recurrence_from=0.75,
     window_schedule="0:0.25:0.5,0.5:0.5:1", window_pattern="SL", dropout=0.1,
@@ -590,11 +591,11 @@ def training(small_data, tmp_path_factory):
 
 
 def test_members_take_their_epochs_and_rows(training, small_data):
-    """4 epochs each, of 8 rows a step."""
+    """4 epochs each, 8 of who has a teacher, of 8 rows a step."""
     members, config = training
     tokens = sum(len(document) for document in load_dataset(small_data, config).train)
-    rows = 4 * math.ceil((tokens - 1) / config.seq_len)
-    for member in members:
+    for epochs, member in zip((4, 4, 8, 8, 8), members, strict=True):
+        rows = epochs * math.ceil((tokens - 1) / config.seq_len)
         assert len(member) == math.ceil(rows / 8) > 10
         assert all(step.rows == 8 and step.is_training for step in member)
         assert [step.progress for step in member] == [i / len(member) for i in range(len(member))]
@@ -602,11 +603,11 @@ def test_members_take_their_epochs_and_rows(training, small_data):
 
 
 def test_every_step_has_its_learning_rate_decay_and_momentum(training):
-    for member in training[0]:
+    for epochs, member in zip((4, 4, 8, 8, 8), training[0], strict=True):
         for i, step in enumerate(member):
             p = step.progress
             base = 0.1 + 0.9 * min(1.0, (1 - p) / 0.5) ** 0.5
-            in_epoch = 4 * p - 3                        # the last epoch has a tooth
+            in_epoch = epochs * (p - 1) + 1             # the last epoch has a tooth
             tooth = 0.05 + (max(base, 0.05) - 0.05) * (1 + math.cos(math.pi * in_epoch)) / 2
             assert step.lr == pytest.approx(base if in_epoch < 0 else tooth, abs=1e-9), p
             assert step.wd == pytest.approx(1 - 1.5 * p if p < 0.5 else 2 + (p - 0.5) * 2), p
@@ -640,14 +641,18 @@ def test_every_step_has_its_loss(training):
             assert loss.target_weights.tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_teacher_is_the_member_before_as_it_ended(training):
-    """In all of a member's steps, and it drops nothing out."""
+def test_teachers_are_the_two_members_before_as_they_ended(training):
+    """In each step one of them, each in about half of the steps, and they drop nothing out."""
     members, _ = training
-    for before, member in zip(members[1:], members[2:]):
+    for *teachers, member in zip(members, members[1:], members[2:]):
+        counts = [0, 0]
         for step in member:
             assert step.teacher_rests
-            for name, p in before[-1].after.items():
-                assert torch.equal(step.taught_by[name], p), name
+            is_by = [all(torch.equal(step.taught_by[name], p)
+                         for name, p in teacher[-1].after.items()) for teacher in teachers]
+            assert sum(is_by) == 1
+            counts[is_by.index(True)] += 1
+        assert min(counts) > len(member) / 4
 
 
 def test_members_of_a_run_begin_with_weights_of_their_own(training):
@@ -938,6 +943,7 @@ def test_facts_of_a_member_by_hand(world_size, peak, mfu, monkeypatch):
     now[0] = 1000                   # what passed before a member is not its time
     trainer.flops = dict(zip(trainer.stages, (30_000.0, 50_000.0)))
     trainer.teacher_flops = 30_000.0
+    trainer.add_teacher()
     member = Member(4, trainer, data_of([np.full(8 * 12 + 1, BOS)]))    # 8 rows an epoch
     trainer.optimizer = SimpleNamespace(step=lambda *rates: None)
     assert member.rows.num_steps == 4 and member.distill

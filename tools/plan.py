@@ -28,7 +28,7 @@ import torch
 from _runs import run_tool
 from bench import FEATURES, device_peak
 from train_gpt import (GPT, PEAK_FLOPS, MuonAdamW, Rows, Runtime, UserError, hardware_name,
-                       is_distilled, layer_order, make_config, micro_batch_rows, num_parameters,
+                       epochs_of, is_distilled, layer_order, make_config, micro_batch_rows, num_parameters,
                        parse_arguments, peak_flops, plan_launch, start_runtime, step_flops,
                        training_stages)
 
@@ -227,8 +227,9 @@ def fixed_parts(config, world_size, dtype):
     """({part: bytes} that are there in all of a step, bytes of the optimizer's temporaries)."""
     state, temporaries = fullest_process(config, world_size, dtype)
     count = num_parameters(meta_model(config))
+    teachers = bool(config.kd_alpha) * max(1, min(config.kd_teachers, config.num_models - 1))
     return {"weights": 4 * count, "optimizer state": state,
-            "teacher": dtype.itemsize * count * bool(config.kd_alpha),
+            "teachers": dtype.itemsize * count * teachers,
             "masks": mask_bytes(config), "strings of tokens": strings_bytes(config)}, temporaries
 
 
@@ -426,7 +427,7 @@ def planned_flops(config, tokens):
     starts = [*(stage.start for stage in by_stage), 1.0]
     a_token = sum(flops * (end - start) for flops, (start, end) in
                   zip(by_stage.values(), pairwise(starts)))
-    return [tokens * config.num_epochs * (a_token + teacher * is_distilled(config, number))
+    return [tokens * epochs_of(config, number) * (a_token + teacher * is_distilled(config, number))
             for number in range(1, config.num_models + 1)]
 
 
@@ -435,22 +436,22 @@ def model_lines(config, tokens):
     model = meta_model(config)
     return [f"model     {num_parameters(model):,} parameters, {num_parameters(model.blocks):,} of"
             f" them in {config.num_layers} blocks",
-            f"tokens    {tokens:,} an epoch, {tokens * config.num_epochs:,} a member in"
-            f" {config.num_epochs} epochs; {config.num_models} member(s)"]
+            f"tokens    {tokens:,} an epoch; {config.num_models} member(s)"]
 
 
 def member_lines(config, tokens, device):
     """A line for each kind of member: steps, FLOPs, hours."""
     flops = planned_flops(config, tokens)
     numbers = range(1, config.num_models + 1)
-    kinds = Counter((config.batch_rows, is_distilled(config, n), flops[n - 1]) for n in numbers)
+    kinds = Counter((is_distilled(config, n), epochs_of(config, n), flops[n - 1]) for n in numbers)
+    rows = config.batch_rows
     lines = []
-    for (rows, distilled, count), members in kinds.items():
+    for (distilled, epochs, count), members in kinds.items():
         # a range is a document of as many tokens
-        steps = Rows([range(tokens)], config.seq_len, rows, config.num_epochs, 0, 0).num_steps
+        steps = Rows([range(tokens)], config.seq_len, rows, epochs, 0, 0).num_steps
         lines.append(
-            f"members   {members} with{'' if distilled else 'out'} teacher: {steps:,} steps of"
-            f" {rows * config.seq_len:,} tokens ({rows} rows), {count:.4g} FLOPs,"
+            f"members   {members} with{'' if distilled else 'out'} teacher: {epochs} epochs,"
+            f" {steps:,} steps of {rows} rows, {count:.4g} FLOPs,"
             f" {time_text(count, device)}")
     return lines
 

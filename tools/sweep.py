@@ -34,8 +34,8 @@ import torch
 
 from _runs import ROOT, compared, run_tool
 from compare import compare_groups, compare_one, kind_of, read_run
-from train_gpt import (FIELDS, SOURCE, UserError, check_name, make_config, minutes, parse_arguments,
-                       plan_launch, run_name)
+from train_gpt import (FIELDS, SOURCE, UserError, check_name, epochs_of, make_config, minutes,
+                       parse_arguments, plan_launch, run_name)
 
 OPTIONS = ("seeds", "jobs", "out", "rows", "one_at_a_time")
 OWN = ("run_id", "runs_dir", "seed")        # fields that the sweep sets itself
@@ -257,8 +257,9 @@ def part_done(job):
     try:
         *_, last = (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         reading = json.loads(last)
-        epochs = reading.get("epoch", job.config.num_epochs)
-        return (reading["member"] - 1 + epochs / job.config.num_epochs) / job.config.num_models
+        lengths = [epochs_of(job.config, k) for k in range(1, job.config.num_models + 1)]
+        before = reading["member"] - 1
+        return (sum(lengths[:before]) + reading.get("epoch", lengths[before])) / sum(lengths)
     except (OSError, ValueError, KeyError):
         return 0.0
 
