@@ -1026,6 +1026,11 @@ def log_sum(logits, similar):
     return torch.logaddexp(torch.logsumexp(logits, dim=1, keepdim=True),
                            torch.logsumexp(similar, dim=1, keepdim=True))
 
+def only_target(target, logits, similar, seen):
+    """Of token_logits what stands for `target`, int64 [n, 1] (-1: junk): [n, 1] and [n, row]."""
+    right = logits.gather(1, target.clamp(min=0))
+    return right, torch.where(seen == target, similar, -torch.inf)
+
 def loss_chunk(hidden, weight, targets, teacher, spec):
     """Loss and gradients of one chunk of tokens, the only ones whose [n, V] logits exist.
     hidden [n, D], weight [V, D], teacher: these two of the teacher, or None; targets int64 [n, J]:
@@ -1039,8 +1044,7 @@ def loss_chunk(hidden, weight, targets, teacher, spec):
     ce, grad, grad_similar = [], 0, 0
     for j in range(targets.shape[1]):
         target = targets[:, j:j + 1]
-        right = logits.gather(1, target.clamp(min=0))
-        right_similar = torch.where(seen == target, similar, -torch.inf)
+        right, right_similar = only_target(target, logits, similar, seen)
         log_right = log_sum(right, right_similar)
         is_there = counted & (target >= 0)
         ce.append(torch.where(is_there, log_all - log_right, 0).sum())
@@ -1123,10 +1127,8 @@ def target_logprobs(hidden, weight, targets, config):
     """log p(target), fp32 [N]. hidden [N, D], weight [V, D], targets int64 [N] (-1: junk)."""
     row = config.row_memory * config.seq_len
     logits, similar, seen = token_logits(hidden, weight, targets, config, row)
-    targets = targets.unsqueeze(1)
-    right = logits.gather(1, targets.clamp(min=0))
-    right_similar = torch.where(seen == targets, similar, -torch.inf)
-    return (log_sum(right, right_similar) - log_sum(logits, similar)).squeeze(1)
+    right = only_target(targets.unsqueeze(1), logits, similar, seen)
+    return (log_sum(*right) - log_sum(logits, similar)).squeeze(1)
 
 # ==== Parameter table and optimizer =====================================================
 POLAR_EXPRESS = (       # five steps for singular values in [1e-3, 1] (arXiv 2505.16932)
@@ -2163,18 +2165,20 @@ def train_members(trainer, data, log, states):
     members, scores, total = [], [], -np.inf
     for number in range(1, config.num_models + 1):
         was_done = is_finished(log.folder, number)
+        last_taught = min(number + config.kd_teachers, config.num_models)
+        is_needed = number < last_taught and not is_finished(log.folder, last_taught)
         if was_done:
             logp, facts = read_tensors(member_path(log.folder, number, ".logp"))
             logp = {split: values.numpy() for split, values in logp.items()}
             trainer.clocks = Clocks(**facts["clocks"])
-            needed_by = min(number + config.kd_teachers, config.num_models)
-            if not is_finished(log.folder, needed_by):
+            if is_needed:
                 weights, _ = read_tensors(member_path(log.folder, number))
                 trainer.model.load_state_dict(weights)
         else:
             facts, logp = train_member(number, trainer, data, log, states, state)
             facts["clocks"] = trainer.clocks.seconds()
-        trainer.add_teacher()
+        if is_needed:
+            trainer.add_teacher()
         members.append(facts)
         if log.is_main:
             scores.append(logp)

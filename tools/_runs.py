@@ -107,10 +107,10 @@ def probabilities(model, tokens, temperature=1.0):
 
 def over_vocabulary(logits, similar, seen, vocab_size, temperature=1.0):
     """p of each token, fp64 [n, vocab_size] on the CPU, from what token_logits returns."""
-    logits = torch.cat((logits, similar), dim=1).double().cpu() / temperature
-    p, of_row = torch.softmax(logits, dim=1).tensor_split([len(logits[0]) - seen.shape[1]], dim=1)
+    both = torch.cat((logits, similar), dim=1).double().cpu()
+    p = torch.softmax(both / temperature, dim=1)
     seen = seen.cpu().clamp(min=0)              # what is nothing has p = 0
-    return p[:, :vocab_size].scatter_add(1, seen, of_row)
+    return p[:, :vocab_size].scatter_add(1, seen, p[:, logits.shape[1]:])
 
 
 def run_git(root, *arguments):
