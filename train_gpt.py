@@ -15,8 +15,7 @@ The same command, with the same --run_id, goes on with a run that was stopped; w
 The result is one number, declared in advance. Choices are made on `selection`, cut from train;
 `val` compares runs; `holdout` is shown once, at the end. The log reproduces the run.
 
-This file stands alone and reads from top to bottom: settings, devices, data, model, loss,
-optimizer, schedules, ensemble, files, report, training.
+This file stands alone and reads from top to bottom.
 """
 import contextlib
 import copy
@@ -596,9 +595,8 @@ def cut_selection(documents, config):
     ends = np.cumsum([0] + [len(document) for document in documents])
     first = min(len(documents), int(np.searchsorted(ends, config.selection_tokens)))
     if ends[first] > ends[-1] / 2 or not documents:
-        raise UserError(f"--selection_tokens={config.selection_tokens}: whole documents make that"
-                        f" {ends[first]:,} of the {ends[-1]:,} tokens of train, more than half;"
-                        " lower it, to 0 if the first alone is (then --final_mixture=uniform)")
+        raise UserError(f"--selection_tokens={config.selection_tokens}: as whole documents, more"
+                        f" than half of train: {ends[first]:,} of {ends[-1]:,} tokens; lower it")
     return documents[first:], documents[:first]
 
 def read_token_tables(folder, config):
@@ -999,18 +997,15 @@ class LossSpec(NamedTuple):
     config: Config                  # T, softcap, vocabulary, chunk
     row: int = 0                    # tokens of a row that is remembered; 0: none is
 
-def capped_logits(hidden, weight, softcap):
-    """[N, D], [V, D] -> [N, V] in at least fp32: z, or c * tanh(z / c)."""
-    z = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
-    return softcap * torch.tanh(z / softcap) if softcap else z
-
 def token_logits(hidden, weight, targets, config, row):
     """Logits of all that may come next: the vocabulary, [n, V] (its padding is -inf); what stands
     earlier in the row (TRIME, arXiv 2205.12674), [n, row]; and which token that is, int64 [n, row].
     hidden [n, D], of whole rows of `row` tokens (0: nothing is remembered), weight [V, D]. An
     earlier position i, with the logit h_t h_i / sqrt(D), stands for its target (int64 [n]), where
     it has one; -inf and -1 are nothing."""
-    logits = capped_logits(hidden, weight, config.softcap)
+    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    if config.softcap:
+        logits = config.softcap * torch.tanh(logits / config.softcap)
     is_token = torch.arange(len(weight), device=hidden.device) < config.vocab_size
     logits = torch.where(is_token, logits, -torch.inf)
     if not row:
@@ -1430,7 +1425,7 @@ def ensemble_curve(members):
 # ==== Files: tensors, identity, states ==================================================
 # runs/<id>/run.json: settings and hashes of source and data, which tell what may go on there;
 # lock: held while the run is under way; state.safetensors: what training goes on from; members/:
-# weights of the finished ones, and their log p by split.
+# weights of the finished ones, and their log p by split; tokenizer/: of the data.
 class Stopped(Exception):
     """The run was asked to stop, and its state is saved. args: message, exit code."""
 
@@ -1512,7 +1507,8 @@ def identify(config, folder, hashes):
     """(whether there is a run, lines on what has changed now, lines on all that has since it was
     begun). UserError if it cannot go on."""
     path = folder / "run.json"
-    now = {name: as_text(value) for name, value in asdict(config).items() if name not in FREE}
+    now = {name: as_text(value) for name, value in asdict(config).items()
+           if name not in (*FREE, "dataset")}         # wherever it lies: it has its hashes
     now |= {SOURCE.name: hashlib.sha256(SOURCE.read_bytes()).hexdigest(), **hashes}
     had_run = path.exists()
     before = json.loads(path.read_text(encoding="utf-8")) if had_run else dict(now)
@@ -1537,12 +1533,8 @@ def identify(config, folder, hashes):
 def remember_signals():
     """A list that SIGTERM and SIGINT are put into from here on."""
     received = []
-
-    def remember(number, _):
-        received.append(number)
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, remember)
+        signal.signal(number, lambda number, _: received.append(number))
     return received
 
 class States:
@@ -1597,8 +1589,8 @@ def peak_memory(device):
     """Bytes: allocated at most on the GPU, or resident at most in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    units = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * units
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 class Log:
     """Console, runs/<id>/log.txt and metrics.jsonl. Only the main process writes."""
@@ -1733,7 +1725,7 @@ def result_lines(result):
         losses = "".join(f"  {point.get(key, math.nan):8.4f}" for key in columns.values())
         lines.append(f"{point['n']:2d}  {member['val_loss']:8.4f}{losses}")
     bpb = f"{result['val_bpb']:.4f}" if result["val_bpb"] else "n/a"
-    chosen_on = result.get("selection_loss")        # results of earlier versions have none
+    chosen_on = result["selection_loss"]
     selection = f", selection {chosen_on:.4f}" if chosen_on else ""
     multiples = [f"{value}x {BASELINES[kind]}" for kind, value in result["data_efficiency"].items()
                  if kind in BASELINES and value != "n/a"]
@@ -1781,10 +1773,8 @@ class Trainer:
         self.micro_rows = micro_batch_rows(config, runtime.world_size)
         with runtime.device:
             self.model = GPT(config, runtime.dtype, runtime.attention)
-        self.teacher = None
+        self.teacher = copy.deepcopy(self.model).eval() if config.kd_alpha else None
         self.teachers = []          # weights of members that teach
-        if config.kd_alpha:
-            self.teacher = copy.deepcopy(self.model).to(runtime.dtype).eval()
         self.optimizer = None
         self.forward = runtime.compiled(GPT.forward, config.compile_model)
         self.mtp_hidden = runtime.compiled(GPT.mtp_hidden, config.compile_model)
@@ -2203,6 +2193,15 @@ def save_member(number, trainer, folder, facts, logp):
 def is_finished(folder, number):
     return all(member_path(folder, number, kind).exists() for kind in ("", ".logp"))
 
+def keep_tokenizer(data, folder):
+    """Copy what turns tokens into text, so that a run's folder can do without its dataset."""
+    ranks = data.folder / data.meta.get("ranks", "ranks.tiktoken")
+    if ranks.is_file():
+        content = ranks.read_bytes()
+        write_whole(folder / ranks.name, lambda beside: beside.write_bytes(content))
+        write_json(folder / "meta.json", {name: value for name, value in data.meta.items()
+                                          if isinstance(value, (str, int))})
+
 def run(config, overrides):
     """Train the members, write the run's folder; returns the result on the main process."""
     runtime = start_runtime(config)
@@ -2230,6 +2229,7 @@ def run(config, overrides):
                   "overrides": overrides, "changes": history,
                   **run_costs(trainer, members, memory),
                   **run_facts(trainer)}
+        keep_tokenizer(data, log.folder / "tokenizer")
         log.say("RESULT " + json.dumps(result), console=False)
         write_json(path, result)            # with it the run is finished
         states.path.unlink(missing_ok=True)

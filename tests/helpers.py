@@ -24,7 +24,7 @@ import _runs
 import train_gpt
 from shards import write_meta, write_shard
 from token_tables import merged_pairs, spelling_features, write_token_tables
-from train_gpt import GPT, MuonAdamW, Trainer, capped_logits, make_config, start_runtime
+from train_gpt import GPT, MuonAdamW, Trainer, make_config, start_runtime, token_logits
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = str(ROOT / "train_gpt.py")
@@ -247,8 +247,10 @@ def randomize(model, seed=0):
 
 def logits_of(model, hidden):
     """[..., D] -> softcapped fp32 logits [..., vocab_size], without the padding and memory."""
-    weight = model.head.weight.to(hidden.dtype)
-    return capped_logits(hidden, weight, model.config.softcap)[..., :model.config.vocab_size]
+    flat = hidden.flatten(0, -2)
+    nothing = torch.zeros(len(flat), dtype=torch.int64, device=flat.device)
+    logits = token_logits(flat, model.head.weight.to(flat.dtype), nothing, model.config, 0)[0]
+    return logits[:, :model.config.vocab_size].view(*hidden.shape[:-1], -1)
 
 
 def random_model(config, seed=0, attention="sdpa"):

@@ -321,7 +321,8 @@ def test_the_same_settings_go_on(begun):
 def test_a_run_holds_its_settings_its_hashes_and_what_changed(begun):
     """And nothing else: no version of a format."""
     config, folder = begun
-    fields = {name: as_text(getattr(config, name)) for name in FIELDS if name not in FREE}
+    fields = {name: as_text(getattr(config, name)) for name in FIELDS
+              if name not in (*FREE, "dataset")}
     held = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert {name: held.pop(name) for name in fields} == fields
     assert {name: held.pop(name) for name in HASHES} == HASHES
@@ -332,7 +333,7 @@ def test_a_run_holds_its_settings_its_hashes_and_what_changed(begun):
 def test_every_field_that_is_not_free_is_compared(begun):
     """But for num_models, of which later."""
     config, folder = begun
-    for name in set(FIELDS) - {*FREE, "num_models"}:
+    for name in set(FIELDS) - {*FREE, "num_models", "dataset"}:
         other = replace(config, **{name: another(config, name)})
         before, now = (as_text(getattr(c, name)) for c in (config, other))
         line = refusal(other, folder)
@@ -341,8 +342,9 @@ def test_every_field_that_is_not_free_is_compared(begun):
 
 
 def test_free_fields_are_not_compared(begun):
+    """Nor is where the dataset lies: its hashes are."""
     config, folder = begun
-    other = replace(config, **{name: another(config, name) for name in FREE})
+    other = replace(config, **{name: another(config, name) for name in (*FREE, "dataset")})
     assert {"device_batch_size", "loss_chunk", "save_minutes"} < {*FREE}
     assert identify(other, folder, HASHES) == (True, [], [])
     assert (folder / "result.json").exists()

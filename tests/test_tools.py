@@ -326,6 +326,17 @@ def test_sample_goes_on_from_the_prompt(runs, monkeypatch):
     assert b"".join(ranks[token] for token in seen[0][1:]) == b"It was"
 
 
+def test_a_run_keeps_what_turns_tokens_into_text(runs):
+    kept, dataset = runs.two.folder / "tokenizer", ROOT / "data/prose"
+    meta, of_dataset = (json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+                        for folder in (kept, dataset))
+    ranks = (kept / meta["ranks"]).read_bytes()
+    assert ranks == (dataset / "ranks.tiktoken").read_bytes()
+    assert hashlib.sha256(ranks).hexdigest() == meta["ranks_sha256"]
+    assert {"tokenizer", "vocab_size", "bos_id", "bos_text", "pattern", "licence"} < set(meta)
+    assert meta.items() < of_dataset.items() and "splits" not in meta
+
+
 def write_ranks(dataset, lines):
     """A ranks file of these `lines`, and the tokens.npz of it; returns the SHA-256 of that."""
     path = dataset / "ranks.tiktoken"
