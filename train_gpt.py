@@ -325,6 +325,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+try:
+    from flash_attn_interface import flash_attn_func        # FlashAttention 3
+except Exception:       # not installed, or a broken build
+    flash_attn_func = None
+
 # ==== Runtime: processes, device, dtype =================================================
 @dataclass
 class Runtime:
@@ -452,23 +457,20 @@ def why_no_compile(device):
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 def choose_attention(runtime, compiles_model):
-    """FlashAttention 3 if it imports and a call succeeds, else what PyTorch ships."""
+    """FlashAttention 3 if it is there and a call succeeds, else what PyTorch ships."""
     try:
-        from flash_attn_interface import flash_attn_func
         probe = torch.zeros(1, 128, 2, 128, device=runtime.device, dtype=runtime.dtype)
         flash_attn_func(probe, probe, probe, causal=True, window_size=(63, 0))
         runtime.synchronize()
         runtime.attention = "fa3"
-    except Exception as error:      # not installed, another architecture, a broken build
+    except Exception:               # not installed, another architecture
         runtime.attention = "flex" if runtime.compile and compiles_model else "sdpa"
-        runtime.notes.append(f"attention {runtime.attention}: FlashAttention 3 fails"
-                             f" ({type(error).__name__})")
+        runtime.notes.append(f"attention {runtime.attention}: no FlashAttention 3 that works")
 
 # ==== Shards and rows ===================================================================
 # llm.c's and modded-nanogpt's file: an int32[256] header (magic, version, tokens, vocabulary
 # size, BOS id; 0 in the last two: GPT-2's), then uint16 tokens, each document behind its BOS.
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
-GPT2_VOCAB, GPT2_BOS = 50257, 50256
 
 def read_shard(path, vocab_size, sha256=None):
     """(tokens: uint16 memory map [n], BOS id, SHA-256). UserError if the file is not sound.
@@ -483,7 +485,7 @@ def read_shard(path, vocab_size, sha256=None):
     if len(header) < HEADER_INTS or (header[0], header[1]) != (SHARD_MAGIC, SHARD_VERSION):
         raise UserError(f"{path}: not a token shard of version {SHARD_VERSION}; {again}")
     count, *ids = (int(number) for number in header[2:5])
-    vocab, bos = ids if ids[0] else (GPT2_VOCAB, GPT2_BOS)
+    vocab, bos = ids if ids[0] else (50257, 50256)
     if count < 2 or held != count or sha256 not in (None, found):
         raise UserError(f"{path}: damaged, by its size or its SHA-256 in meta.json; {again}")
     if vocab != vocab_size:
@@ -763,7 +765,6 @@ def rotate(x, cos, sin):
 def attend(q, k, v, spec):
     """Causal attention, q, k, v [B, T, H, Dh] -> [B, T, H, Dh]."""
     if spec.path == "fa3":
-        from flash_attn_interface import flash_attn_func
         y = flash_attn_func(q, k, v, causal=True, window_size=(spec.window, 0),
                             softmax_scale=spec.scale)
         return y[0] if isinstance(y, tuple) else y
@@ -1306,11 +1307,10 @@ class MuonAdamW:
                 self.groups.append(ParameterGroup(row, part, owner, runtime.rank))
 
     @torch.no_grad()
-    def step(self, lr_multiplier=1.0, wd_multiplier=1.0, momentum=None):
+    def step(self, lr_multiplier=1.0, wd_multiplier=1.0, momentum=0.95):
         """One update from the parameters' .grad, which it clears. Returns this process's part of
         the square of the norm of the whole gradient, before it is clipped."""
         self.steps += 1
-        momentum = self.config.momentum if momentum is None else momentum
         gradients = []
         for group in self.groups:
             grad = group.stack([p.grad for p in group.params])

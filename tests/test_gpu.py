@@ -345,7 +345,7 @@ def test_a_run_of_every_track(track, tmp_path):
                 "--num_models=2", "--kd_alpha=0.5", "--kd_from=2", *FEWER_STAGES.get(track, []))
     attention = chosen_attention(torch.bfloat16)
     assert f"torch.bfloat16, attention {attention}, compile on" in run.log
-    assert ("FlashAttention 3 fails" in run.console) == (attention != "fa3")
+    assert ("no FlashAttention 3" in run.console) == (attention != "fa3")
     assert run.result["compile_seconds"] > 0
     if attention == "flex":         # nothing fell back to eager mode
         assert not torch._dynamo.utils.counters["graph_break"]

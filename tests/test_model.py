@@ -6,8 +6,6 @@ The references are helpers.SlowModel and loops of this file, in float64, from th
 """
 import math
 import re
-import sys
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import flex_attention as flex_module
 from torch.utils.flop_counter import FlopCounterMode
 
+import train_gpt
 from helpers import (CPU, SlowModel, assert_causal, gradients_of, logits_of, needs_compiler, randn,
                      random_model, random_tokens, randomize, relative_error, rng, small_config)
 from train_gpt import (GPT, AttentionSpec, attend, flops_per_token, layer_order, layer_windows,
@@ -65,10 +64,7 @@ def every_path(monkeypatch):
     """FlexAttention with gradients on a CPU, and a module that stands for FlashAttention 3."""
     torch._dynamo.reset()               # eager FlexAttention counts graphs of its own
     monkeypatch.setattr(flex_module, "_validate_device", accept)
-    flash = ModuleType("flash_attn_interface")
-    flash.flash_attn_func = documented_flash_attention
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", flash)
-    return flash
+    monkeypatch.setattr(train_gpt, "flash_attn_func", documented_flash_attention)
 
 
 def spec_of(path, window, length, scale):
@@ -94,7 +90,7 @@ def test_flash_attention_may_return_its_normalizers_as_well(every_path, monkeypa
     q, k, v = (randn(1, 5, 2, 4, seed=i) for i in range(3))
     spec = spec_of("fa3", 3, 5, 0.5)
     expected = attend(q, k, v, spec)
-    monkeypatch.setattr(every_path, "flash_attn_func", lambda *arguments, **options: (
+    monkeypatch.setattr(train_gpt, "flash_attn_func", lambda *arguments, **options: (
         documented_flash_attention(*arguments, **options), None))
     assert torch.equal(attend(q, k, v, spec), expected)
 

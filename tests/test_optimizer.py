@@ -348,13 +348,13 @@ def test_optimizer_equals_the_updates_by_hand(gates_by_muon, spelling):
         if spelling and name in SPELLED:
             references[name] = SlowSpelled(as_array(p), small_tables(), *betas, ADAM_EPS)
     optimizer = MuonAdamW(model.named_parameters(), config, FLOAT64, small_tables())
-    schedule = [(0.7, 1.5, 0.8), (0.4, 0.5, None), (1.0, 0.0, 0.95)]
+    schedule = [(0.7, 1.5, 0.8), (0.4, 0.5, 0.9), (1.0, 0.0, 0.95)]
     for step, (lr_multiplier, wd_multiplier, momentum) in enumerate(schedule, 1):
         set_gradients(model, step)
         for name, p in model.named_parameters():
             lr, decays, betas = settings_of(name, gates_by_muon)
             rates = lr * lr_multiplier, 1.3 * decays * wd_multiplier
-            more = [] if betas else [momentum or 0.9]
+            more = [] if betas else [momentum]
             if spelling and name in SPELLED:
                 more = [{"wte.weight": 0.22, "head.weight": 0.07}[name] * lr_multiplier]
             references[name].step(as_array(p.grad), *rates, *more)
