@@ -74,8 +74,9 @@ class Config:
     dtype: str = opt("auto", "auto: bf16 if it is fast", "auto", "bfloat16", "float32")
     compile: bool = opt(True, "use torch.compile (where a compiler is found)")
     compile_model: bool = opt(True, "the model too, not the loss only", cpu=False, cpu_long=True)
-    time_limit: float = opt(0, "minutes of training that the track allows", cpu=6, cpu_long=60,
-                            mini=15, tiny=15, limited=60, two_hour=120, unlimited=4800)
+    time_limit: float = opt(0, "minutes of training that the track allows", mini=15, tiny=15,
+                            limited=60, two_hour=120, unlimited=4800)
+    flop_limit: float = opt(0, "FLOPs of training, as CPUs differ", cpu=4e13, cpu_long=4e14)
     log_steps: int = opt(5, "steps between readings of the loss, for metrics.jsonl")
     save_minutes: float = opt(15, "minutes between states to go on from; 0: at ends only")
     allow_changed: bool = opt(False, "go on though settings, source or data have changed")
@@ -201,7 +202,7 @@ TRACKS = {track: {name: f.metadata["tracks"][track] for name, f in FIELDS.items(
 TRACKS["cpu_long"] = TRACKS["cpu"] | TRACKS["cpu_long"]
 TOY = dict(dataset="data/prose", eval_tokens=2_000, batch_rows=16, compile=False)
 FREE = ("run_id", "runs_dir", "save_minutes", "allow_changed", "hang_minutes", "time_limit",
-        "device_batch_size", "loss_chunk")      # that change no more than rounding
+        "flop_limit", "device_batch_size", "loss_chunk")      # that change no more than rounding
 ADAM_EPS = 1e-10            # added to the root of AdamW's second moment
 GATE_CHANNELS = 12          # of the residual stream, that attention gates read
 VALUE_GATE_CHANNELS = 32    # the same of the gates of value projections
@@ -1475,8 +1476,6 @@ def run_name(config, overrides):
     parts = [f"_{name}{as_text(value)}" for name, value in overrides.items()
              if name not in (*FREE, "seed") and value != usual[name]]
     name = config.track + re.sub(r"[^\w.-]+", "-", "".join(parts))
-    if len(name) > 80:      # what is cut off still tells names apart
-        name = f"{name[:72]}-{hashlib.sha256(name.encode()).hexdigest()[:7]}"
     return f"{name}_seed{config.seed}"
 
 def claim(config, overrides, hashes, runtime):
@@ -1706,6 +1705,7 @@ def run_facts(trainer):
 
 def run_costs(trainer, members, peak_bytes):
     """What result.json says of a run's time, speed and memory."""
+    config, flops = trainer.config, sum(member["train_flops"] for member in members)
     seconds = [member["train_seconds"] for member in members]
     speeds = [(member["tokens_per_second"], member["mfu"] or 0.0) for member in members]
     tokens_per_second, mfu = np.average(speeds, axis=0, weights=seconds)
@@ -1713,7 +1713,8 @@ def run_costs(trainer, members, peak_bytes):
               for kind, value in trainer.clocks.seconds().items()}
     return {"train_seconds": round(sum(seconds), 3), **clocks, "peak_memory_bytes": peak_bytes,
             "tokens_per_second": round(tokens_per_second, 1), "mfu": round(mfu, 4) or None,
-            "over_time_limit": 0 < 60 * trainer.config.time_limit < sum(seconds)}
+            "train_flops": flops, "over_limit": 0 < 60 * config.time_limit < sum(seconds)
+            or 0 < config.flop_limit < flops}
 
 def result_lines(result):
     """The table of members and ensembles, the declared number and what it cost."""
@@ -1724,21 +1725,19 @@ def result_lines(result):
     for member, point in zip(result["members"], result["ensemble"]):
         losses = "".join(f"  {point.get(key, math.nan):8.4f}" for key in columns.values())
         lines.append(f"{point['n']:2d}  {member['val_loss']:8.4f}{losses}")
-    bpb = f"{result['val_bpb']:.4f}" if result["val_bpb"] else "n/a"
-    chosen_on = result["selection_loss"]
-    selection = f", selection {chosen_on:.4f}" if chosen_on else ""
     multiples = [f"{value}x {BASELINES[kind]}" for kind, value in result["data_efficiency"].items()
                  if kind in BASELINES and value != "n/a"]
     times = ", ".join(f"{kind} {minutes(result[f'{kind}_seconds'])}"
                       for kind in ("train", "compile", "eval", "wall"))
-    over = "; OVER the track's time limit" if result["over_time_limit"] else ""
     return lines + [
         "", f"result           val loss {result['val_loss']:.4f} ({result['final_mixture']}"
-        f" mixture), {bpb} bits per byte{selection}, holdout {result['holdout_loss']:.4f}",
+        f" mixture), {result['val_bpb'] or math.nan:.4f} bits per byte, selection"
+        f" {result['selection_loss'] or math.nan:.4f}, holdout {result['holdout_loss']:.4f}",
         f"data efficiency  {', '.join(multiples) or 'n/a'}",
-        f"time             {times}{over}",
-        f"speed            {result['tokens_per_second']:,.0f} tokens/s, MFU"
-        f" {percent(result['mfu'])}, peak memory {result['peak_memory_bytes'] / 2 ** 20:,.0f} MiB"]
+        f"time             {times}{'; OVER the limit' * result['over_limit']}",
+        f"speed            {result['train_flops']:.3g} FLOPs, {result['tokens_per_second']:,.0f}"
+        f" tokens/s, MFU {percent(result['mfu'])}, peak memory"
+        f" {result['peak_memory_bytes'] / 2 ** 20:,.0f} MiB"]
 
 # ==== Training ==========================================================================
 class Clocks:
@@ -2037,7 +2036,8 @@ def member_facts(trainer, member):
     peak = peak_flops(trainer.runtime.device)
     mfu = member.flops / seconds / peak / trainer.runtime.world_size if peak else None
     return {"train_loss": member.train_loss, "train_seconds": round(seconds, 3),
-            "tokens_per_second": round(tokens / seconds, 1), "mfu": mfu and round(mfu, 4)}
+            "train_flops": member.flops, "tokens_per_second": round(tokens / seconds, 1),
+            "mfu": mfu and round(mfu, 4)}
 
 def read_losses(trainer, member, log, scored):
     """Read the means of the last steps (which waits for the device); log them, and progress.

@@ -160,10 +160,10 @@ def copy_holdout(result):
 
 
 def train_longer(result):
-    """As if training had taken 400 s, all clocks agreeing."""
+    """As if training had taken 6e13 FLOPs, all counts agreeing."""
     for member in result["members"]:
-        member["train_seconds"] = 200.0
-    result |= {"train_seconds": 400.0, "wall_seconds": 500.0}
+        member["train_flops"] = 3e13
+    result["train_flops"] = 6e13
 
 
 def edit_weights(*weights):
@@ -358,10 +358,11 @@ def score_fewer_tokens(copy):
 
 
 def take_too_long(copy):
-    for seed in SEEDS:
-        substitute(copy.folder / f"seed{seed}.log", r"(member \d/2 done in )\d+:\d\d",
-                   rf"\g<1>{minutes(200)}")
     forge(copy, train_longer)
+
+
+def hide_flops(copy):
+    forge(copy, set_value("train_flops", 1e9))
 
 
 def shorten_wall_time(copy):
@@ -472,7 +473,8 @@ TAMPERING = {
     use_other_data: r"run on other data than the track's: prose_train_000000.bin",
     leave_out_data: r"was run without prose_holdout_000000.bin",
     score_fewer_tokens: r"scored 399 tokens of val, and the dataset has 499",
-    take_too_long: r"trained for 6:40, over the track's time limit of 6:00",
+    take_too_long: r"trained for 6e\+13 FLOPs, over the track's limit of 4e\+13 FLOPs",
+    hide_flops: r"trained for 1e\+09 FLOPs, and its members for",
     shorten_wall_time: r"wall time 0.1 s is less than training, compilation and evaluation",
     shorten_training: r"training took 0.1 s, and its members",
     was_overridden: r"was run with --weight_decay=2.0: a record has no overrides",

@@ -226,6 +226,9 @@ def test_time_limit_is_of_the_whole_run():
     assert "OVER" not in said("--track=mini", "--gpu=B200", "--gpus=8", "--num_models=1")
     assert "OVER" in said("--track=mini", "--gpu=L40S", "--gpus=1")
     assert "OVER" not in said("--track=mini", "--gpu=L40S", "--gpus=1", "--time_limit=0")
+    cpu = "--track=cpu", "--gpu=B200", "--gpus=1"
+    assert "limit" not in said(*cpu) and "limit" not in said(*cpu, "--flop_limit=0")
+    assert "OVER the track's limit of 1e+13 FLOPs" in said(*cpu, "--flop_limit=1e13")
 
 
 @pytest.mark.parametrize("arguments, message", [

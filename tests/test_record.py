@@ -321,7 +321,7 @@ REFUSALS = {
     other_dataset: "run on other data than the track's: prose_val_000000.bin",
     no_logp: "002.logp.safetensors",
     other_mixture: "its result is the uniform mixture, and its config declares learned",
-    too_slow: "over the track's time limit",
+    too_slow: "over the track's limit",
     taken_name: "is there already; choose another --slug",
 }
 

@@ -75,7 +75,8 @@ def summary(mixture="learned", val_bytes=16, curve=CURVE):
     data = SimpleNamespace(val_bytes=val_bytes, scored={"val": val}, meta={}, hashes={"f": "0"})
     result = summarize(small_config(final_mixture=mixture), data, MEMBERS, curve)
     return result | {"train_seconds": 3725.9, "compile_seconds": 59.9, "eval_seconds": 0.0,
-                     "wall_seconds": 3900.0, "over_time_limit": False, "mfu": 0.4321,
+                     "wall_seconds": 3900.0, "over_limit": False, "mfu": 0.4321,
+                     "train_flops": 1.25e15,
                      "tokens_per_second": 1234567.8, "peak_memory_bytes": 3 * 2 ** 30}
 
 
@@ -101,17 +102,17 @@ def test_result_lines_by_hand():
         " 2.5000, holdout 2.8125",
         "data efficiency  n/a",
         "time             train 62:05, compile 0:59, eval 0:00, wall 65:00",
-        "speed            1,234,568 tokens/s, MFU 43.2%, peak memory 3,072 MiB"]
+        "speed            1.25e+15 FLOPs, 1,234,568 tokens/s, MFU 43.2%, peak memory 3,072 MiB"]
 
 
 def test_result_lines_of_what_is_not_known():
     """Weights are not fitted for every n, nor without selection; few devices have a peak."""
     curve = [CURVE[0], {"n": 2, "val_loss": 3.0, "holdout_loss": 3.375}]
-    result = summary("uniform", 0, curve) | {"mfu": None, "over_time_limit": True}
+    result = summary("uniform", 0, curve) | {"mfu": None, "over_limit": True}
     lines = result_lines(result)
     assert lines[2].split() == ["2", "3.0625", "3.0000", "nan", "3.3750"]
-    assert "n/a bits per byte" in lines[4]
-    assert lines[6].endswith("wall 65:00; OVER the track's time limit")
+    assert "nan bits per byte" in lines[4]
+    assert lines[6].endswith("wall 65:00; OVER the limit")
     assert "MFU n/a," in lines[7]
     result["ensemble"] = [{"n": 1, "val_loss": 3.0, "holdout_loss": 3.375}]
     assert "learned" not in result_lines(result)[0]

@@ -229,7 +229,7 @@ def test_result_says_what_was_run_and_what_it_cost(prose):
     assert result["compile_seconds"] == 0
     assert result["tokens_per_second"] > 0 and result["mfu"] is None    # unknown peak
     assert 2 ** 26 < result["peak_memory_bytes"] < 2 ** 33
-    assert result["over_time_limit"] is False
+    assert result["over_limit"] is False
 
 
 def test_losses_are_those_of_the_saved_scores(prose):

@@ -545,7 +545,7 @@ def test_mixture_of_one_run_is_that_run(order, runs, tmp_path):
 def test_mixture_costs_what_its_runs_cost_and_is_a_finished_run(runs, tmp_path):
     result, _ = mixed(tmp_path / "mix", runs.one.folder, runs.two.folder)
     parts = [runs.one.result, runs.two.result]
-    for name in ("train_seconds", "wall_seconds", "eval_seconds", "compile_seconds"):
+    for name in ("train_seconds", "wall_seconds", "eval_seconds", "compile_seconds", "train_flops"):
         assert result[name] == pytest.approx(sum(part[name] for part in parts), abs=2e-3)
     tokens = sum(part["train_seconds"] * part["tokens_per_second"] for part in parts)
     assert result["tokens_per_second"] == pytest.approx(tokens / result["train_seconds"], rel=1e-3)

@@ -955,7 +955,8 @@ def test_facts_of_a_member_by_hand(world_size, peak, mfu, monkeypatch):
     member.train_loss = 2.5
     facts = member_facts(trainer, member)
     assert facts.pop("mfu") == (mfu and pytest.approx(mfu, abs=1e-4))
-    assert facts == {"train_loss": 2.5, "train_seconds": 24.0, "tokens_per_second": 8.0}
+    assert facts == {"train_loss": 2.5, "train_seconds": 24.0, "tokens_per_second": 8.0,
+                     "train_flops": member.flops}
 
 
 def test_state_has_what_a_member_counts(monkeypatch):
@@ -1015,18 +1016,19 @@ def test_a_teacher_costs_the_forward_passes_of_the_last_stage(recurrence):
     assert 3 * trainer.teacher_flops == pytest.approx(head + passes * (once - head))
 
 
-@pytest.mark.parametrize("limit, seconds, over", [
-    (1.0, (40, 30), True), (1.0, (30, 30), False), (1.0, (30, 20), False), (0.0, (40, 30), False)])
-def test_costs_of_a_run_by_hand(limit, seconds, over):
-    """Minutes of training, of all members; speeds are means by time."""
-    trainer = SimpleNamespace(config=small_config(time_limit=limit),
+@pytest.mark.parametrize("limit, flop_limit, seconds, over", [
+    (1.0, 0, (40, 30), True), (1.0, 0, (30, 30), False), (1.0, 0, (30, 20), False),
+    (0.0, 0, (40, 30), False), (0.0, 6.9e9, (30, 20), True), (1.0, 7e9, (30, 20), False)])
+def test_costs_of_a_run_by_hand(limit, flop_limit, seconds, over):
+    """Minutes or FLOPs of training, of all members; speeds are means by time."""
+    trainer = SimpleNamespace(config=small_config(time_limit=limit, flop_limit=flop_limit),
                               clocks=SimpleNamespace(seconds=lambda: dict(
                                   wall=99.0, compile=5.0, eval=3.0)))
-    members = [dict(train_seconds=seconds[0], tokens_per_second=100.0, mfu=0.5),
-               dict(train_seconds=seconds[1], tokens_per_second=200.0, mfu=None)]
+    members = [dict(train_seconds=seconds[0], tokens_per_second=100.0, mfu=0.5, train_flops=3e9),
+               dict(train_seconds=seconds[1], tokens_per_second=200.0, mfu=None, train_flops=4e9)]
     costs = run_costs(trainer, members, 77)
     total = sum(seconds)
-    assert costs["over_time_limit"] is over
+    assert costs["over_limit"] is over and costs["train_flops"] == 7e9
     assert costs["train_seconds"] == total and costs["peak_memory_bytes"] == 77
     assert (costs["wall_seconds"], costs["compile_seconds"], costs["eval_seconds"]) == (99, 5, 3)
     assert costs["tokens_per_second"] == pytest.approx(
@@ -1034,14 +1036,14 @@ def test_costs_of_a_run_by_hand(limit, seconds, over):
     assert costs["mfu"] == pytest.approx(0.5 * seconds[0] / total, abs=1e-4)
 
 
-def test_a_run_over_its_time_limit_says_so(tmp_path):
+def test_a_run_over_its_limit_says_so(tmp_path):
     """And the same result without the limit does not."""
-    run = train(tmp_path, "--track=cpu", "--num_models=1", "--time_limit=0.0001")
+    run = train(tmp_path, "--track=cpu", "--num_models=1", "--flop_limit=1e9")
     times = re.search(r"^time .*$", run.log, re.MULTILINE)[0]
-    assert times.endswith("; OVER the track's time limit")
-    assert run.result["over_time_limit"] is True
+    assert times.endswith("; OVER the limit")
+    assert run.result["over_limit"] is True
     assert not any("OVER" in line for line in result_lines({**run.result,
-                                                            "over_time_limit": False}))
+                                                            "over_limit": False}))
 
 
 # ==== Numbers that are not finite ===============================================================

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from train_gpt import (OPTIMIZERS, Rates, Trainer, add_sums, capped_logits, find_row,
-                       parameter_table, token_logits)
+from train_gpt import (OPTIMIZERS, Rates, Trainer, add_sums, find_row, parameter_table,
+                       token_logits)
 
 NOTHING = -1e30         # the logit of what cannot come, of which autograd makes no NaN
 
@@ -20,7 +20,10 @@ def all_logits(hidden, weight, targets, spec):
     """(logits of all tokens at once, the token that each stands for; None: its column's)."""
     config = spec.config
     if not spec.row:
-        return capped_logits(hidden, weight, config.softcap)[:, :config.vocab_size], None
+        logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+        if config.softcap:
+            logits = config.softcap * torch.tanh(logits / config.softcap)
+        return logits[:, :config.vocab_size], None
     logits, similar, seen = token_logits(hidden, weight, targets[:, 0], config, spec.row)
     columns = torch.arange(len(weight), device=hidden.device).expand_as(logits)
     return torch.cat((logits, similar), dim=1).clamp(min=NOTHING), torch.cat((columns, seen), dim=1)

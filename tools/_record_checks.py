@@ -75,10 +75,16 @@ def check_declared(log):
         if result.get(f"{split}_loss") != last.get(key):
             wrong.append(f"{log.name}: its {split} loss is {result.get(f'{split}_loss')}, and the"
                          f" declared one, {key} of all members, {last.get(key)}")
-    limit = 60 * config["time_limit"]
-    if result["over_time_limit"] or 0 < limit < result["train_seconds"]:
-        wrong.append(f"{log.name}: trained for {minutes(result['train_seconds'])}, over the track's"
-                     f" time limit of {minutes(limit)}")
+    limits = {"minutes": (config["time_limit"], result["train_seconds"] / 60),
+              "FLOPs": (config["flop_limit"], result["train_flops"])}
+    for unit, (limit, spent) in limits.items():
+        if 0 < limit < spent:
+            wrong.append(f"{log.name}: trained for {spent:.3g} {unit}, over the track's limit of"
+                         f" {limit:.3g} {unit}")
+    of_members = sum(member["train_flops"] for member in result["members"])
+    if not math.isclose(of_members, result["train_flops"], rel_tol=1e-9):
+        wrong.append(f"{log.name}: trained for {result['train_flops']:.4g} FLOPs, and its members"
+                     f" for {of_members:.4g}")
     if result["holdout_loss"] == result["val_loss"]:
         wrong.append(f"{log.name}: its holdout loss is its val loss: copied, or the same text")
     weights = np.array(weights_of(result))

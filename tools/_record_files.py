@@ -30,12 +30,13 @@ TIMES = ("train_seconds", "compile_seconds", "eval_seconds", "wall_seconds")
 ALLOWED = ("seed", "run_id", "runs_dir", "save_minutes", "hang_minutes", "device",
            "device_batch_size", "loss_chunk")
 # fields that make a track what it is: the same in all of its records
-RULES = ("dataset", "vocab_size", "train_tokens", "eval_tokens", "time_limit")
+RULES = ("dataset", "vocab_size", "train_tokens", "eval_tokens", "time_limit",
+         "flop_limit")
 # what a log must hold: its lines "name:value", RESULT, and the config in it
 FACTS = ("python", "overrides", "data_sha256", "seed", "config")
 RESULT = ("track", "final_mixture", "val_loss", "holdout_loss", "val_bpb", "data_efficiency",
-          "members", "ensemble", "train_tokens", "data_sha256", "overrides", "over_time_limit",
-          "seed", "processes", "torch", "hardware", "config", *TIMES)
+          "members", "ensemble", "train_tokens", "data_sha256", "overrides", "over_limit",
+          "train_flops", "seed", "processes", "torch", "hardware", "config", *TIMES)
 CONFIG = ("track", "seed", "final_mixture", "num_models", *RULES)
 END = "=" * 40 + " end of train_gpt.py"
 MISSING = object()

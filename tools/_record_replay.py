@@ -100,6 +100,9 @@ def compare(old, new, record):
     """(lines, whether the new run gives the old one's number)."""
     if new.result["data_sha256"] != old.result["data_sha256"]:
         return ["WRONG     the dataset here is not that of the log (data_sha256)"], False
+    if new.result["train_flops"] != old.result["train_flops"]:
+        return [f"WRONG     the log says {old.result['train_flops']:.6g} FLOPs of training, and they"
+                f" are {new.result['train_flops']:.6g}"], False
     was, is_now = old.result["val_loss"], new.result["val_loss"]
     sd = ((record or {}).get("val_loss") or {}).get("sd")
     near = 3 * sd if sd else NEAR

@@ -170,7 +170,7 @@ class Runs:
         self.log = log
         self.path = log.folder / "runs.jsonl"
         self.trainers = {}      # by the values of TRIED
-        own = ("run_id", "runs_dir", "time_limit", "log_steps", "save_minutes",
+        own = ("run_id", "runs_dir", "time_limit", "flop_limit", "log_steps", "save_minutes",
                "allow_changed", "hang_minutes", "unet", "qk_norm")
         same = {name: value for name, value in asdict(config).items() if name not in own}
         self.settings = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]

@@ -73,7 +73,8 @@ def costs(results):
     tokens = sum(result["tokens_per_second"] * result["train_seconds"] for result in results)
     return {**total, "tokens_per_second": round(tokens / max(1e-9, total["train_seconds"]), 1),
             "mfu": None, "peak_memory_bytes": max(r["peak_memory_bytes"] for r in results),
-            "over_time_limit": any(result["over_time_limit"] for result in results)}
+            "train_flops": sum(result["train_flops"] for result in results),
+            "over_limit": any(result["over_limit"] for result in results)}
 
 
 def with_ngram(members, logp, weigh):

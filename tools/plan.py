@@ -461,6 +461,8 @@ def run_lines(config, tokens, device):
     flops = sum(planned_flops(config, tokens))
     lines = [f"run       {flops:.4g} FLOPs, {time_text(flops, device)}; evaluation and compilation"
              " come on top"]
+    if 0 < config.flop_limit < flops:
+        lines.append(f"          OVER the track's limit of {config.flop_limit:.4g} FLOPs")
     if device.peak:
         speed = device.peak * device.processes
         where = "data sheet" if device.is_gpu else "best of big matrix products"
