@@ -2,6 +2,7 @@
 # Set up and launch.
 #   ./run.sh [--field=value ...]     train on all GPUs there are; fetches the data that is missing
 #   ./run.sh check [...]             only say what it would do, and whether that is sound
+#   ./run.sh text PATH... --out=DIR  one's own text as a dataset
 #   ./run.sh TOOL [...]              a script of tools/; ./run.sh TOOL --help says more
 #   ./run.sh test [--slow] [...]     the tests: the quick ones, or with --slow the others
 set -euo pipefail
@@ -23,7 +24,7 @@ esac
 command=train
 if [ $# -gt 0 ] && [[ "$1" != -* ]]; then command=$1; shift; fi
 case "$command" in
-    train|check|test) ;;
+    train|check|test|text) ;;
     _*|"") fail "no tool '$command'; ./run.sh --help lists them" ;;
     *) [ -f "tools/$command.py" ] || fail "no tools/$command.py; ./run.sh --help lists them" ;;
 esac
@@ -76,6 +77,9 @@ launch() {      # on $1 processes: a script and its arguments
 case "$command" in
     train) ;;
     check) exec $python train_gpt.py check "$@" ;;
+    text)
+        install data/requirements-text.txt
+        exec $python data/text.py "$@" ;;
     test)
         install tests/requirements.txt
         exec $python -m pytest -q -n auto --dist=loadfile "$@" tests ;;
@@ -86,7 +90,10 @@ case "$command" in
             while [ $((2 * processes)) -le "$gpus" ]; do processes=$((2 * processes)); done
         launch "$processes" tools/bench.py "$@" ;;
     *)
-        case "$command" in plot|compare|sweep|record) install tools/requirements.txt ;; esac
+        case "$command" in
+            plot|compare|sweep|record) install tools/requirements.txt ;;
+            export) install tools/requirements-export.txt ;;
+        esac
         exec $python "tools/$command.py" "$@" ;;
 esac
 

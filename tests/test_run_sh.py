@@ -38,7 +38,7 @@ esac
 """
 PROGRAMS = ("bash", "sh", "dirname", "grep", "cmp", "rm", "cp", "mkdir", "sed", "ls", "xargs",
             "echo", "sleep")
-TOOLS = ("bench", "mix", "plan", "plot", "record", "_shared")
+TOOLS = ("bench", "export", "mix", "plan", "plot", "record", "_shared")
 SET_UP = ["python3 <-m><venv><.venv>",
           "<-m><pip><install><--quiet><--disable-pip-version-check><-r><requirements.txt>"]
 
@@ -54,7 +54,8 @@ class Tree:
         for name in ("tests", "tools", "data"):
             (self.home / name).mkdir(parents=True)
         for name in ("run.sh", "requirements.txt", "tests/requirements.txt",
-                     "tools/requirements.txt", "train_gpt.py"):
+                     "tools/requirements.txt", "tools/requirements-export.txt",
+                     "data/requirements-text.txt", "train_gpt.py"):
             shutil.copy(ROOT / name, self.home / name)
         for name in TOOLS:
             (self.home / f"tools/{name}.py").touch()
@@ -161,7 +162,7 @@ def test_help_needs_and_makes_no_environment(bare):
     for flag in ("--help", "-h"):
         assert bare(flag) == (0, "", ["python3 <train_gpt.py><--help>"])
         assert "./run.sh check [...]" in bare.output and "set -euo" not in bare.output
-        assert re.search(r"^TOOL is one of: .*\bbench mix plan plot record$", bare.output, re.M)
+        assert re.search(r"^TOOL is one of: .*\bbench export mix plan plot record$", bare.output, re.M)
         assert not (bare.home / ".venv").exists()
 
 
@@ -348,6 +349,16 @@ def test_tools_are_run_by_name(tree):
     assert calls[0].endswith("<-r><tools/requirements.txt>") and calls[1:] == [
         "<tools/plot.py><runs/a>"]
     assert tree("record", "verify")[2] == ["<tools/record.py><verify>"]
+    calls = tree("export", "runs/a", "b")[2]
+    assert calls[0].endswith("<-r><tools/requirements-export.txt>") and calls[1:] == [
+        "<tools/export.py><runs/a><b>"]
+
+
+def test_text_is_made_a_dataset_by_name(tree):
+    calls = tree("text", "a b.txt", "--out=c", gpus=2)[2]
+    assert calls[0].endswith("<-r><data/requirements-text.txt>")
+    assert calls[1:] == ["<data/text.py><a b.txt><--out=c>"]
+    assert tree("text", "--help")[2] == ["<data/text.py><--help>"]
 
 
 def test_plot_has_what_it_needs_after_requirements_changed(tree):
