@@ -81,7 +81,10 @@ case "$command" in
         install data/requirements-text.txt
         exec $python data/text.py "$@" ;;
     test)
-        install tests/requirements.txt
+        for file in {tests,tools}/requirements.txt data/requirements-text.txt \
+                tools/requirements-export.txt; do
+            install "$file"
+        done
         exec $python -m pytest -q -n auto --dist=loadfile "$@" tests ;;
     bench)      # on as many processes as a run: the largest power of two of the GPUs
         count_gpus "$@"

@@ -11,7 +11,6 @@ begins with the first document after the one that the end of the split before it
 cut document is in no split. Run again, an interrupted download goes on where it stopped.
 """
 import argparse
-import base64
 import hashlib
 import itertools
 import json
@@ -26,14 +25,12 @@ import numpy as np
 
 from shards import HEADER_INTS, read_shard, write_meta, write_shard
 from token_tables import read_ranks, write_token_tables
+from vocabulary import BOS_TEXT, PATTERN, as_file
 
 REPO = "kjj0/fineweb10B-gpt2"
 FILES = "fineweb_val_000000.bin", "fineweb_train_000001.bin"  # consecutive pieces of one stream
 SPLITS = "val", "train", "holdout"
 PUBLIC_TRAIN_DOCUMENTS = 143_651
-# GPT-2's: how text is split into the pieces that a token may not cross, and the text of BOS
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-BOS_TEXT = "<|endoftext|>"
 BASELINE = {
     "one_epoch": [[200_000_000, 3.703], [400_000_000, 3.370], [600_000_000, 3.200],
                   [800_000_000, 3.123], [1_000_000_000, 3.046], [2_000_000_000, 2.892]],
@@ -281,8 +278,8 @@ def build(args):
             entry["text_bytes"] = count_bytes(tokens, lengths) if vocabulary else None
         if vocabulary:  # as tiktoken's files have it, so that tokens can be read without it
             tokenizer |= {"ranks": "ranks.tiktoken", "pattern": PATTERN, "bos_text": BOS_TEXT}
-            lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(vocabulary)]
-            (Path(folder) / tokenizer["ranks"]).write_bytes(b"".join(lines))
+            ranks = {token: i for i, token in enumerate(vocabulary)}
+            (Path(folder) / tokenizer["ranks"]).write_bytes(as_file(ranks))
             write_token_tables(folder, dict(enumerate(vocabulary)), vocab_size, bos_id)
         # Old hashes beside new shards would be a lie, should this stop in between.
         (args.out / "meta.json").unlink(missing_ok=True)

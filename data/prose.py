@@ -14,7 +14,6 @@ documents of all works are interleaved evenly, so that every prefix of a split h
 byte-level BPE vocabulary is trained on train documents only. meta.json records all of this.
 """
 import argparse
-import base64
 import contextlib
 import hashlib
 import json
@@ -32,12 +31,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from documents import BuildError
 from shards import write_meta, write_shard
 from token_tables import write_token_tables
+from vocabulary import BOS_TEXT, PATTERN, as_file, train_ranks
 
-VOCAB, BOS, BOS_TEXT = 2048, 2047, "<|endoftext|>"  # 256 bytes, 1791 merges, BOS
-# how text is split into the pieces that a BPE token may not cross: GPT-2's rule
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+VOCAB, BOS = 2048, 2047  # 256 bytes, 1791 merges, BOS
 HELD_OUT_CHARS = 320_000              # of val, and of holdout: about 100k tokens each
 MAX_CHARS, PART_CHARS = 7_400, 6_600  # longer chapters are cut; parts are at most PART_CHARS or so
 GRAM, MAX_OVERLAP = 13, 0.2           # shared 13-word sequences above 20 %: a near-duplicate
@@ -114,10 +113,6 @@ class Document(NamedTuple):
     work: str
     chapter: str
     text: str
-
-
-class BuildError(Exception):
-    """Something the user can put right; main() prints it as one line."""
 
 
 # ---- packages ----
@@ -392,29 +387,6 @@ def duplicates(splits):
 
 # ---- tokens ----
 
-def train_ranks(texts):
-    """Return {token bytes: rank} of a byte-level BPE trained on `texts`, as tiktoken wants it."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-    split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB - 1, show_progress=False, special_tokens=[],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(texts, trainer)
-    merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    # the library writes each byte as a printable character: GPT-2's table, inverted here
-    printable = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b]
-    others = [b for b in range(256) if b not in printable]
-    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    ranks = {bytes([b]): b for b in range(256)}
-    for left, right in merges:
-        ranks[bytes(byte[c] for c in left + right)] = len(ranks)
-    if len(ranks) != VOCAB - 1:
-        raise BuildError(f"the vocabulary has {len(ranks)} tokens, expected {VOCAB - 1}")
-    return ranks
-
-
 def write_split(path, documents, encoding):
     """Write one shard and return its entry in meta.json; the shard must decode to the documents."""
     texts = [document.text for document in documents]
@@ -458,12 +430,13 @@ def build(works, out, cache, work_folder):
     found = duplicates(splits)
     if found["exact"] or found["near"]:
         raise BuildError(f"documents are shared between splits: {found}")
-    ranks = train_ranks([document.text for document in splits["train"]])
+    ranks = train_ranks([document.text for document in splits["train"]], VOCAB)
+    if len(ranks) != VOCAB - 1:
+        raise BuildError(f"the vocabulary has {len(ranks)} tokens, expected {VOCAB - 1}")
     encoding = tiktoken.Encoding("sample-bpe-2048", pat_str=PATTERN, mergeable_ranks=ranks,
                                  special_tokens={BOS_TEXT: BOS})
     out.mkdir(parents=True, exist_ok=True)
-    lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
-    (out / "ranks.tiktoken").write_bytes(b"".join(lines))
+    (out / "ranks.tiktoken").write_bytes(as_file(ranks))
     write_token_tables(out, {rank: token for token, rank in ranks.items()}, VOCAB, BOS)
     entries, tokens_by_work = {}, {}
     for split, documents in sorted(splits.items()):
@@ -474,7 +447,7 @@ def build(works, out, cache, work_folder):
         "splits": entries,
         "tokenizer": "sample-bpe-2048", "vocab_size": VOCAB, "bos_id": BOS,
         "bos_text": BOS_TEXT, "pattern": PATTERN, "ranks": "ranks.tiktoken",
-        "ranks_sha256": hashlib.sha256(b"".join(lines)).hexdigest(),
+        "ranks_sha256": hashlib.sha256(as_file(ranks)).hexdigest(),
         "source": "; ".join(f"{work.title} ({work.author}, {work.year})" for work in works),
         "licence": "public domain", "provenance": provenance(works, chapters),
         "documents_are": (

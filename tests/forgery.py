@@ -15,7 +15,7 @@ from contextlib import redirect_stdout
 import _record_files
 import _record_verify
 from helpers import ROOT, kept_handlers
-from train_gpt import minutes, read_tensors, result_lines, write_json, write_tensors
+from train_gpt import read_tensors, result_lines, write_json, write_tensors
 
 TOY_TRACK = dict(
     train_tokens=5_000, selection_tokens=1_000, eval_tokens=500, seq_len=64, batch_rows=4,

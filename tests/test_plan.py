@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import _runs
 import bench
 import helpers
 import plan

@@ -200,7 +200,7 @@ def test_building_writes_a_sound_dataset_and_keeps_its_baseline(tmp_path, monkey
     ranks = {text: token for token, text in read_ranks(FOLDER / META["ranks"]).items()}
     monkeypatch.setattr(prose, "HELD_OUT_CHARS", sum(map(prose.length, chapters)) // 10)
     monkeypatch.setattr(prose, "unpack", lambda package, cache, folder: folder)
-    monkeypatch.setattr(prose, "train_ranks", lambda texts: ranks)
+    monkeypatch.setattr(prose, "train_ranks", lambda texts, vocab_size: ranks)
     monkeypatch.setattr(prose, "read_work", lambda work, folder: [
         chapter for chapter in chapters if chapter.work == work.key])
     works = [work._replace(key=key) for work, key in zip(prose.WORKS, "XY")]

@@ -326,11 +326,12 @@ def test_the_real_script_says_what_run_sh_reads(track, tree, tmp_path, monkeypat
 
 # ==== Tests and tools ===========================================================================
 def test_tests_install_what_they_need_once(tree):
-    install = ("<-m><pip><install><--quiet><--disable-pip-version-check>"
-               "<-r><tests/requirements.txt>")
+    install = "<-m><pip><install><--quiet><--disable-pip-version-check><-r><{}>"
+    files = ("tests/requirements.txt", "tools/requirements.txt", "data/requirements-text.txt",
+             "tools/requirements-export.txt")
     code, err, calls = tree("test", gpus=1)
-    assert (code, err, calls[0], len(calls)) == (0, "", install, 2)
-    assert calls[1].startswith("<-m><pytest>") and calls[1].endswith("<tests>")
+    assert (code, err, calls[:-1]) == (0, "", [install.format(file) for file in files])
+    assert calls[-1].startswith("<-m><pytest>") and calls[-1].endswith("<tests>")
     code, err, calls = tree("test", "--slow", "-k", "a b")
     assert (code, err, len(calls)) == (0, "", 1)
     assert "<--slow><-k><a b>" in calls[0]
@@ -339,7 +340,7 @@ def test_tests_install_what_they_need_once(tree):
 def test_tests_whose_needs_cannot_be_installed(tree):
     code, err, calls = tree("test", fail="tests/requirements.txt")
     assert code == 2 and re.fullmatch(r"error: [^\n]*tests/requirements\.txt[^\n]*\n", err)
-    assert len(calls) == 1 and len(tree("test")[2]) == 2
+    assert len(calls) == 1 and len(tree("test")[2]) == 5
 
 
 def test_tools_are_run_by_name(tree):

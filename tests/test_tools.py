@@ -2,20 +2,17 @@
 
     python -m pytest tests/test_tools.py
 """
-import base64
 import hashlib
 import importlib
 import json
 import re
 import shutil
-import sys
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import _runs
 import baseline
@@ -28,11 +25,8 @@ import plot
 import sample
 import train_gpt
 from data.ngram import PRIOR, NGram
-from helpers import (BOS, ROOT, SCRIPT, TINY, VOCAB, SlowModel, clean_environment, last_of_each,
-                     make_dataset, python, random_model, random_tokens, saved_logps, small_config,
-                     train)
-from sample import generate
-from token_tables import read_ranks, write_token_tables
+from helpers import (ROOT, SCRIPT, TINY, VOCAB, last_of_each, python, random_model, random_tokens,
+                     saved_logps, small_config, train)
 from train_gpt import (FIELDS, GPT, TRACKS, Config, Log, MuonAdamW, UserError, load_dataset,
                        make_config, opt, piecewise_linear, start_runtime, training_stages)
 
@@ -156,67 +150,7 @@ def test_value_that_no_field_has_is_named(name, value, tmp_path, capsys):
 
 
 # ==== Text ======================================================================================
-def test_near_temperature_zero_the_likeliest_token_is_taken():
-    """Against the slow transformer, also where the text is longer than a row of 12."""
-    config = small_config(seq_len=12)
-    model = random_model(config, seed=1)
-    slow = SlowModel(model, [6, 6, 6, 12])
-    expected = [BOS]
-    for _ in range(20):
-        logits = slow.logits(slow.hidden(expected[-12:]))[-1]
-        expected.append(int(np.argmax(logits)))
-    assert BOS not in expected[1:] and len(set(expected)) > 3
-    start = [BOS]
-    assert generate(model, start, 20, temperature=1e-5) == expected
-    assert start == [BOS]
-    assert generate(model, expected[:5], 3, temperature=1e-5) == expected[:8]
-
-
-def test_text_depends_on_seed_alone():
-    model = random_model(small_config())
-    first = generate(model, [BOS], 15, temperature=2.0, seed=3)
-    torch.manual_seed(5)
-    assert generate(model, [BOS], 15, temperature=2.0, seed=3) == first
-    assert generate(model, [BOS], 15, temperature=2.0, seed=4) != first
-    assert all(token < VOCAB for token in first)
-
-
-class Scripted:
-    """A model whose logits at a position depend on its token alone: rows of `table` [V, V]."""
-
-    def __init__(self, table, seq_len=4):
-        self.table = torch.as_tensor(table, dtype=torch.float32)
-        self.config = SimpleNamespace(seq_len=seq_len, vocab_size=self.table.shape[1], softcap=0.0,
-                                      row_memory=False)
-        self.wte = SimpleNamespace(weight=self.table)
-        self.head = SimpleNamespace(weight=self.table.T)
-        self.contexts = []
-
-    def __call__(self, tokens):
-        self.contexts.append(tokens[0].tolist())
-        return torch.eye(len(self.table))[tokens]
-
-
-def test_text_ends_at_bos_which_is_left_out():
-    """Token 5 is BOS, 0 follows it, and k + 1 follows k: 5 0 1 2 3 4 (5)."""
-    model = Scripted(100 * np.roll(np.eye(6), 1, axis=1))
-    assert generate(model, [5], 100) == [5, 0, 1, 2, 3, 4]
-    assert model.contexts == [[5], [5, 0], [5, 0, 1], [5, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4]]
-    assert generate(model, [5], 3) == [5, 0, 1, 2]
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_are_drawn_with_their_probabilities(temperature):
-    logits = np.array([1.0, 0.0, 2.0, -1.0])
-    model = Scripted(np.tile(logits, (5, 1)))       # token 4 begins, and is never drawn
-    draws = 1_500
-    tokens = generate(model, [4], draws, temperature)[1:]
-    p = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
-    error = np.bincount(tokens, minlength=4) / draws - p
-    assert (np.abs(error) < 4 * np.sqrt(p * (1 - p) / draws)).all()
-
-
-def slow_probabilities(model, tokens, temperature=1.0):
+def slow_probabilities(model, tokens):
     """p [T, V] of what follows each of `tokens` [T], one column of logits after the other."""
     config = model.config
     hidden = model(tokens.unsqueeze(0))[0].detach().numpy()
@@ -226,106 +160,32 @@ def slow_probabilities(model, tokens, temperature=1.0):
         for token in range(config.vocab_size):
             z = weight[token] @ h
             z = config.softcap * np.tanh(z / config.softcap) if config.softcap else z
-            p[t, token] += np.exp(z / temperature)
+            p[t, token] += np.exp(z)
         for i in range(t if config.row_memory else 0):
             z = hidden[i] @ h / config.model_dim ** 0.5
-            p[t, tokens[i + 1]] += np.exp(z / temperature)
+            p[t, tokens[i + 1]] += np.exp(z)
     return p / p.sum(axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("row_memory", [False, True])
-@pytest.mark.parametrize("length, temperature, softcap", [(12, 1.0, 15.0), (5, 0.5, 0.0),
-                                                          (1, 2.0, 15.0)])
-def test_probabilities_are_those_of_a_slow_sum(row_memory, length, temperature, softcap):
+@pytest.mark.parametrize("length, softcap", [(12, 15.0), (5, 0.0), (1, 15.0)])
+def test_probabilities_are_those_of_a_slow_sum(row_memory, length, softcap):
     """Over the vocabulary and the row's earlier positions; rows may be shorter than seq_len."""
     config = small_config(row_memory=row_memory, loss_chunk=12, softcap=softcap)
     model = random_model(config, seed=4)
     tokens = random_tokens(config, 3, length) % 7       # what stands in a row stands there again
-    p = _runs.probabilities(model, tokens, temperature)
+    p = _runs.probabilities(model, tokens)
     assert p.shape == (3, length, VOCAB) and p.dtype == torch.float64
     assert p.sum(dim=2).numpy() == pytest.approx(np.ones((3, length)), abs=1e-12)
     for row in range(3):
-        expected = slow_probabilities(model, tokens[row], temperature)
+        expected = slow_probabilities(model, tokens[row])
         assert p[row].numpy() == pytest.approx(expected, rel=1e-9)
     if row_memory and length > 1:       # the last row's, of another model: memory does count
-        without = slow_probabilities(random_model(small_config(softcap=softcap), seed=4),
-                                     tokens[2], temperature)
+        without = slow_probabilities(random_model(small_config(softcap=softcap), seed=4), tokens[2])
         assert np.abs(expected - without).max() > 1e-3
 
 
-def test_text_of_a_model_that_remembers_its_row():
-    """Near temperature zero, the likeliest token, also where the text is longer than a row."""
-    models = [random_model(small_config(row_memory=is_on, loss_chunk=12), seed=12)
-              for is_on in (True, False)]
-    for model in models:
-        model.head.weight.data.mul_(0.5)
-    expected = [BOS]
-    for _ in range(20):
-        p = slow_probabilities(models[0], torch.tensor(expected[-12:]), 0.05)[-1]
-        expected.append(int(np.argmax(p)))
-    assert BOS not in expected[1:] and len(set(expected)) > 5
-    texts = [generate(model, [BOS], 20, temperature=1e-3) for model in models]
-    assert texts[0] == expected != texts[1]
-
-
-# ==== sample, plot, logit_average ===============================================================
-def text_of(output):
-    """(number of the member, words) of what sample.py prints."""
-    head, _, text = output.partition(":\n")
-    assert max(map(len, output.splitlines())) <= 100
-    return int(head.split()[1]), text.split()
-
-
-def test_sample_writes_what_the_best_member_goes_on_with_after_bos(runs):
-    """By the ranks of the dataset; a run itself prints no text."""
-    assert "writes" not in runs.two.console + runs.two.log.rpartition("end of ")[2]
-    number, words = text_of(said(sample, runs.two.folder))
-    assert number == 1 + np.argmin([m["selection_loss"] for m in runs.two.result["members"]])
-    meta = json.loads((ROOT / "data/prose/meta.json").read_text(encoding="utf-8"))
-    ranks = read_ranks(ROOT / "data/prose/ranks.tiktoken")
-    model = GPT(make_config("cpu", **runs.two.result["overrides"])).eval()
-    model.load_state_dict(load_file(runs.two.folder / f"members/{number:03d}.safetensors"))
-    tokens = generate(model, [meta["bos_id"]], 120)
-    assert 20 < len(tokens) <= 121
-    text = b"".join(ranks[token] for token in tokens[1:]).decode("utf-8", "ignore")
-    assert "".join(words) == "".join(text.split())
-    assert sample.TEMPERATURE == 0.8
-    options = ["--temperature=0.5", "--seed=3"], ["--seed=2"], [f"--member={3 - number}"]
-    others = [text_of(said(sample, runs.two.folder, *option)) for option in options]
-    assert others[2][0] == 3 - number
-    assert len({" ".join(text) for _, text in [(number, words), *others]}) == 4
-
-
-def test_sample_writes_with_the_memory_of_the_row(runs, tmp_path):
-    """If the run has been trained with it."""
-    without = copied(runs.memory, tmp_path / "run", config={"row_memory": False})
-    texts = [text_of(said(sample, folder))[1] for folder in (runs.memory.folder, without)]
-    assert min(map(len, texts)) > 10 and texts[0] != texts[1]
-
-
-def test_best_member_is_chosen_on_selection_or_else_on_train():
-    members = [dict(selection_loss=2, train_loss=1), dict(selection_loss=1, train_loss=2)]
-    assert sample.best_member(members) == 2
-    assert sample.best_member([{"train_loss": member["train_loss"]} for member in members]) == 1
-
-
-def test_sample_goes_on_from_the_prompt(runs, monkeypatch):
-    """With more tokens it writes more, beginning alike; the prompt is what it is told to be."""
-    seen = []
-    generate = sample.generate
-    monkeypatch.setattr(sample, "generate", lambda model, tokens, *more: generate(
-        model, seen.append(tokens) or tokens, *more))
-    texts = [said(sample, runs.one.folder, "--prompt=It was", f"--count={count}").partition(
-        ":\n\n")[2] for count in (1, 30, 60)]
-    assert all(text.split()[0] == "It" for text in texts)
-    assert texts[2].startswith(texts[1].rstrip()[:40])
-    assert len(texts[2]) > len(texts[1]) > len(texts[0])
-    meta = json.loads((ROOT / "data/prose/meta.json").read_text(encoding="utf-8"))
-    ranks = read_ranks(ROOT / "data/prose/ranks.tiktoken")
-    assert seen[0][0] == meta["bos_id"] and seen[0] == seen[2]
-    assert b"".join(ranks[token] for token in seen[0][1:]) == b"It was"
-
-
+# ==== Tokenizers, damaged members, logit_average ================================================
 def test_a_run_keeps_what_turns_tokens_into_text(runs):
     kept, dataset = runs.two.folder / "tokenizer", ROOT / "data/prose"
     meta, of_dataset = (json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -335,52 +195,6 @@ def test_a_run_keeps_what_turns_tokens_into_text(runs):
     assert hashlib.sha256(ranks).hexdigest() == meta["ranks_sha256"]
     assert {"tokenizer", "vocab_size", "bos_id", "bos_text", "pattern", "licence"} < set(meta)
     assert meta.items() < of_dataset.items() and "splits" not in meta
-
-
-def write_ranks(dataset, lines):
-    """A ranks file of these `lines`, and the tokens.npz of it; returns the SHA-256 of that."""
-    path = dataset / "ranks.tiktoken"
-    path.write_bytes(lines)
-    write_token_tables(dataset, {**dict.fromkeys(range(2048), b""), **read_ranks(path)}, 2048, 2047)
-    return hashlib.sha256((dataset / "tokens.npz").read_bytes()).hexdigest()
-
-
-def with_ranks(run, folder, lines):
-    """(A copy of a run, its dataset), whose ranks file is of these `lines`, as its result says."""
-    dataset = folder / "dataset"
-    dataset.mkdir()
-    shutil.copy(ROOT / "data/prose/meta.json", dataset)
-    sha256 = run.result["data_sha256"] | {"tokens.npz": write_ranks(dataset, lines)}
-    config = {"dataset": str(dataset)}
-    return copied(run, folder / "run", config=config, data_sha256=sha256), dataset
-
-
-@pytest.mark.parametrize("encoding, shown", [("latin-1", "?"), ("ascii", "?"), ("utf-8", "😀")])
-def test_sample_writes_to_a_terminal_that_has_few_characters(encoding, shown, runs, tmp_path):
-    emoji = base64.b64encode("😀".encode()).decode()
-    lines = "".join(f"{emoji} {token}\n" for token in range(2048)).encode()
-    run, _ = with_ranks(runs.one, tmp_path, lines)
-    done = python(ROOT / "tools/sample.py", run, env=clean_environment(PYTHONIOENCODING=encoding))
-    assert (done.returncode, done.stderr) == (0, "")
-    _, words = text_of(done.stdout)
-    assert set("".join(words)) == {shown} and len("".join(words)) > 20
-
-
-def test_sample_does_not_decode_by_other_ranks(runs, tmp_path):
-    """Those of a dataset that was built again; of results from before they were noted any do."""
-    lines = (ROOT / "data/prose/ranks.tiktoken").read_bytes()
-    run, dataset = with_ranks(runs.one, tmp_path, lines)
-    expected = said(sample, runs.one.folder)
-    assert said(sample, run) == expected
-    write_ranks(dataset, re.sub(b" (300|400)\n", lambda found: {
-        b"300": b" 400\n", b"400": b" 300\n"}[found[1]], lines))
-    error = complaint(sample, run)
-    assert str(dataset) in error and "its tokens are not those" in error and str(run) in error
-    earlier = {name: sha256 for name, sha256 in runs.one.result["data_sha256"].items()
-               if name != "tokens.npz"}
-    assert "tokens.npz" in runs.one.result["data_sha256"]
-    run = copied(runs.one, tmp_path / "earlier", data_sha256=earlier)
-    assert said(sample, run) == expected
 
 
 def cut(path):
@@ -395,28 +209,6 @@ def test_damaged_members_are_one_line(runs, tmp_path):
         arguments = [run, f"--member={number}"] if module is sample else [run]
         assert complaint(module, *arguments).startswith(f"error: {path}: damaged (")
     assert said(sample, run, "--member=1")      # of which the weights are whole
-
-
-def test_sample_has_no_fields_and_takes_the_model_of_the_run(runs, tmp_path):
-    code, out, err = tool(sample, runs.one.folder, "--num_layers=77")
-    assert (code, out) == (2, "") and "unrecognized arguments: --num_layers=77" in err
-    run = copied(runs.one, tmp_path / "run", config={"num_layers": 77})
-    assert "are of another model" in complaint(sample, run)
-
-
-def test_what_sample_cannot_do_is_one_line(runs, tmp_path, monkeypatch):
-    assert "nowhere: no finished run" in complaint(sample, tmp_path / "nowhere")
-    for argument in ("--member=9", "--member=0", "--temperature=0", "--count=-5"):
-        assert argument.partition("=")[0] in complaint(sample, runs.one.folder, argument)
-    small = make_dataset(tmp_path / "small", tables=False)
-    plain = {"spelling": False, "split_tokens": 0}      # which need tokens.npz
-    run = copied(runs.one, tmp_path / "run", config={"dataset": str(small), **plain})
-    assert "ranks" in complaint(sample, run)
-    shutil.copy(ROOT / "data/prose/ranks.tiktoken", small)
-    assert "pattern" in complaint(sample, run, "--prompt=It was")
-    monkeypatch.setitem(sys.modules, "tiktoken", None)          # as if not installed
-    assert "pip install tiktoken" in complaint(sample, runs.one.folder, "--prompt=It was")
-    assert len(said(sample, runs.one.folder)) > 100             # is not needed here
 
 
 @pytest.mark.parametrize("row_memory", [False, True])

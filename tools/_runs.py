@@ -94,21 +94,21 @@ def load_member(folder, number, config, runtime):
 
 
 @torch.no_grad()
-def probabilities(model, tokens, temperature=1.0):
+def probabilities(model, tokens):
     """p of what follows each of int64 `tokens` [B, T], rows: fp64 [B, T, vocab_size] on the CPU.
     With the memory of the row, if the model has been trained with it."""
     config = model.config
     hidden = model(tokens).flatten(0, 1)
     logits = token_logits(hidden, model.head.weight.to(hidden.dtype), shift(tokens, 1).flatten(),
                           config, config.row_memory * tokens.shape[1])
-    p = over_vocabulary(*logits, config.vocab_size, temperature)
+    p = over_vocabulary(*logits, config.vocab_size)
     return p.view(*tokens.shape, -1)
 
 
-def over_vocabulary(logits, similar, seen, vocab_size, temperature=1.0):
+def over_vocabulary(logits, similar, seen, vocab_size):
     """p of each token, fp64 [n, vocab_size] on the CPU, from what token_logits returns."""
     both = torch.cat((logits, similar), dim=1).double().cpu()
-    p = torch.softmax(both / temperature, dim=1)
+    p = torch.softmax(both, dim=1)
     seen = seen.cpu().clamp(min=0)              # what is nothing has p = 0
     return p[:, :vocab_size].scatter_add(1, seen, p[:, logits.shape[1]:])
 
