@@ -11,8 +11,8 @@ sys.path.insert(0, str(ROOT))           # a tool is started as a script: only it
 import torch  # noqa: E402
 
 from train_gpt import (  # noqa: E402
-    FIELDS, FREE, GPT, Config, UserError, as_text, make_config, member_path, parse, parse_arguments,
-    plan_launch, read_tensors, report_error, shift, token_logits)
+    FIELDS, FREE, GPT, Config, UserError, as_text, dataset_folder, make_config, member_path, parse,
+    parse_arguments, plan_launch, read_tensors, read_token_tables, report_error, shift, token_logits)
 
 
 def run_tool(main):
@@ -82,6 +82,22 @@ def field_value(name, value):
 def compared(values):
     """{field: text} of a config's values {field: value}, without what changes no number."""
     return {name: as_text(value) for name, value in values.items() if name not in FREE}
+
+
+def tokenizer_folder(run, result, config):
+    """Where meta.json and ranks of a run's tokens lie: in its folder, or else with its dataset.
+    UserError if that is not there, or not of the tokens that the run was trained with."""
+    own = Path(run) / "tokenizer"
+    if own.is_dir():
+        return own
+    folder = dataset_folder(config)
+    if not (folder / "meta.json").exists():
+        raise UserError(f"{run}: its tokens are not known: it has no tokenizer/, and its dataset"
+                        f" {folder} is not there")
+    _, found = read_token_tables(folder, config)
+    if any(result["data_sha256"].get(name, sha256) != sha256 for name, sha256 in found.items()):
+        raise UserError(f"{folder}: its tokens are not those that {run} was trained with")
+    return folder
 
 
 def load_member(folder, number, config, runtime):

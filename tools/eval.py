@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from _runs import read_result, run_tool
+from _runs import read_result, run_tool, tokenizer_folder
 from data.token_tables import read_ranks
 from train_gpt import (PROGRESS_SECONDS, Trainer, UserError, check_name, check_ranges,
                        cut_documents, dataset_folder, is_distilled, load_dataset, mean_loss,
@@ -66,21 +66,6 @@ def read_tokenizer(folder):
         raise UserError(f"{folder}: no dataset: it has no meta.json with {error}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no ranks of tokens ({error})") from None
-
-
-def tokenizer_of(run, result, config):
-    """The Tokenizer that a run was trained with: its own copy, or else its dataset's."""
-    if (run / "tokenizer/meta.json").exists():
-        return read_tokenizer(run / "tokenizer")
-    folder = dataset_folder(config)
-    if not (folder / "meta.json").exists():
-        raise UserError(f"{run}: its tokens are not known: it has no tokenizer/, and its dataset"
-                        f" {folder} is not there")
-    _, found = read_token_tables(folder, config)
-    held = result["data_sha256"]
-    if any(held.get(name, sha256) != sha256 for name, sha256 in found.items()):
-        raise UserError(f"{folder}: its tokens are not those that {run} was trained with")
-    return read_tokenizer(folder)
 
 
 def check_same_tokens(folder, ours, theirs):
@@ -288,7 +273,7 @@ def measure(text, logps, result, config):
 
 def evaluate(run, datasets, splits, result, config, strided):
     """[{"dataset", "split", "known_tokens", "record": numbers, "strided": numbers}] of measure."""
-    tokenizer = tokenizer_of(run, result, config)
+    tokenizer = read_tokenizer(tokenizer_folder(run, result, config))
     is_known = known_documents(config, result)
     texts = read_texts(datasets, splits, config, tokenizer, is_known)
     alone = replace(config, compile=False, kd_alpha=0.0)        # without a teacher

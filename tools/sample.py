@@ -25,10 +25,9 @@ from typing import NamedTuple
 import torch
 
 from _decode import TEMPERATURE, Mixture, generate
-from _runs import load_member, read_result, run_tool
+from _runs import load_member, read_result, run_tool, tokenizer_folder
 from data.token_tables import read_ranks
-from train_gpt import (UserError, dataset_folder, is_distilled, member_path, read_meta,
-                       read_token_tables, start_runtime)
+from train_gpt import UserError, is_distilled, member_path, read_meta, start_runtime
 
 
 # ==== Tokens ====================================================================================
@@ -59,8 +58,7 @@ class Tokenizer(NamedTuple):
 def read_tokenizer(run, result, config):
     """The Tokenizer of a run: in its folder, or else that of its dataset. UserError if that is not
     there or not the one that the run was trained with."""
-    own = Path(run) / "tokenizer"
-    folder = own if own.is_dir() else dataset_folder(config)
+    folder = tokenizer_folder(run, result, config)
     meta, _ = read_meta(folder)
     path = folder / str(meta.get("ranks", "ranks.tiktoken"))
     try:
@@ -70,11 +68,8 @@ def read_tokenizer(run, result, config):
         raise UserError(f"{path}: no ranks to decode tokens with ({error.args[-1]})") from None
     if "bos_id" not in meta:
         raise UserError(f"{folder / 'meta.json'}: has no `bos_id`, the token before a document")
-    tables = {} if folder == own else read_token_tables(folder, config)[1]
-    held = {path.name: meta.get("ranks_sha256", found), **result["data_sha256"]}
-    tables[path.name] = found
-    if any(held.get(name, sha256) != sha256 for name, sha256 in tables.items()):
-        raise UserError(f"{folder}: its tokens are not those that {run} was trained with")
+    if meta.get("ranks_sha256", found) != found:
+        raise UserError(f"{path}: its tokens are not those that {run} was trained with")
     return Tokenizer(ranks, meta["bos_id"], meta.get("bos_text"), meta.get("pattern"))
 
 
