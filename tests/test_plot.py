@@ -309,12 +309,12 @@ def test_several_runs_in_one_picture(runs, tmp_path, monkeypatch):
 
     axes = panel(figure, "Does compute go on paying?")
     for run, key in zip(three, keys):
-        seconds, x = 0.0, []
+        flops, x = 0.0, []
         for member in run.result["members"]:
-            seconds += member["train_seconds"]
-            x.append(pytest.approx(seconds / 60))
+            flops += member["train_flops"]
+            x.append(pytest.approx(flops))
         assert curve(axes, run.folder.name) == (x, [point[key] for point in run.result["ensemble"]])
-    assert axes.get_xlabel().startswith("minutes of training") and axes.get_xscale() == "log"
+    assert axes.get_xlabel() == "FLOPs of training" and axes.get_xscale() == "log"
 
     axes = panel(figure, "Data efficiency")
     for run in three:

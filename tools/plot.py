@@ -151,18 +151,18 @@ def draw_ensemble(axes, runs):
 
 
 def draw_compute(axes, runs):
-    """Val loss by minutes of training: of the mixtures of the first n members, as declared."""
+    """Val loss by FLOPs of training: of the mixtures of the first n members, as declared."""
     from matplotlib.ticker import LogLocator    # optional, as in `draw`
     for run in runs:
         colour, line, marker = run.look
         key = declared(run.result)
-        ends = np.cumsum([member["train_seconds"] for member in run.result["members"]]) / 60
+        # runs of earlier versions have none
+        ends = np.cumsum([member.get("train_flops", np.nan) for member in run.result["members"]])
         points = [(ends[p["n"] - 1], p[key]) for p in run.result["ensemble"] if key in p]
         axes.plot(*zip(*points), color=colour, ls=line, marker=marker, ms=5, label=run.label)
-    axes.set(xlabel="minutes of training, evaluation not counted", ylabel="val " + NATS,
-             xscale="log")
+    axes.set(xlabel="FLOPs of training", ylabel="val " + NATS, xscale="log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
+    axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:.0e}".replace("e+", "e"))
     axes.minorticks_off()
     axes.set_title("Does compute go on paying?")
     axes.legend(fontsize=8)
