@@ -570,10 +570,16 @@ def test_what_is_no_run_is_one_line(tmp_path, runs):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_too_many_runs_are_one_line(runs):
+def test_too_many_runs_and_what_is_no_picture_are_one_line(runs, tmp_path):
     assert "7 runs: at most 6 can be told apart" in complaint(*[runs.one.folder] * 7)
+    path = tmp_path / "new" / "x.xyz"
+    assert f"--out={path}: must end in .png, .pdf, .svg" in complaint(
+        runs.one.folder, f"--out={path}")
+    assert "--tokens=-1: must be 0" in complaint(runs.one.folder, "--tokens=-1")
+    assert not path.parent.exists()
 
 
 def test_a_picture_that_cannot_be_written_is_one_line(runs, tmp_path):
+    (tmp_path / "none").touch()
     code, out, err, _ = tool(runs.one.folder, f"--out={tmp_path}/none/x.png", "--tokens=0")
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1

@@ -344,7 +344,7 @@ def test_mixture_costs_what_its_runs_cost_and_is_a_finished_run(runs, tmp_path):
     assert result["peak_memory_bytes"] == max(part["peak_memory_bytes"] for part in parts)
     assert result["runs"] == [str(run.folder) for run in (runs.one, runs.two)]
     assert said(plot, tmp_path / "mix").endswith("plot.png\n")
-    assert "members/001" in complaint(mix, tmp_path / "mix", f"--out={tmp_path / 'again'}")
+    assert "give one of these" in complaint(mix, tmp_path / "mix", f"--out={tmp_path / 'again'}")
 
 
 def test_keep_takes_the_heaviest(runs, tmp_path):
@@ -358,6 +358,14 @@ def test_keep_takes_the_heaviest(runs, tmp_path):
         assert [(fact["run"], fact["number"]) for fact in result["members"]] == [
             names[i] for i in kept]
         assert result["val_loss"] == pytest.approx(mixture_loss([members[i]["val"] for i in kept]))
+
+
+def test_a_mixture_has_no_members_of_its_own(runs, tmp_path):
+    mixed(tmp_path / "mix", runs.one.folder, runs.two.folder)
+    for module in (mix, sample):
+        error = complaint(module, tmp_path / "mix")
+        assert f"give one of these: {runs.one.folder}, {runs.two.folder}" in error
+    assert "--keep=-1: must be" in complaint(mix, runs.one.folder, "--keep=-1")
 
 
 def test_run_given_twice_is_refused(runs, tmp_path):

@@ -69,6 +69,15 @@ def read_result(folder):
     return result, Config(**values)
 
 
+def read_own_result(folder):
+    """read_result of a run that has members of its own. UserError if there is none."""
+    result, config = read_result(folder)
+    if "runs" in result:
+        raise UserError(f"{folder}: a mixture of runs, without members of its own; give one of"
+                        f" these: {', '.join(result['runs'])}")
+    return result, config
+
+
 def field_value(name, value):
     """The value of a field from JSON; KeyError, TypeError or UserError if it is none."""
     kind = FIELDS[name].type

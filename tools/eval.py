@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from _runs import read_result, run_tool, tokenizer_folder
+from _runs import read_own_result, run_tool, tokenizer_folder
 from data.token_tables import read_ranks
 from train_gpt import (PROGRESS_SECONDS, Trainer, UserError, check_name, check_ranges,
                        cut_documents, dataset_folder, is_distilled, load_dataset, mean_loss,
@@ -401,10 +401,7 @@ def main():
     splits = parse_splits(args.split)
     if args.out and args.out.exists():
         raise UserError(f"{args.out}: is there already; choose another --out")
-    result, config = read_result(args.run)
-    if "runs" in result:
-        raise UserError(f"{args.run}: a mixture of runs, without members of its own; give one of"
-                        f" these: {', '.join(result['runs'])}")
+    result, config = read_own_result(args.run)
     config = replace(config, device=args.device)
     if args.eval_tokens is not None:
         config = replace(config, eval_tokens=args.eval_tokens)

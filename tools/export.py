@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from _decode import TEMPERATURE, generate
-from _runs import ROOT, read_result, run_tool
+from _runs import ROOT, read_own_result, run_tool
 from sample import chosen_members, load_mixture, read_tokenizer
 from train_gpt import (BASELINES, FIELDS, FREE, SOURCE, UserError, data_efficiency, dataset_folder,
                        load_dataset, num_parameters, save_file, write_json)
@@ -283,7 +283,7 @@ def main():
     add("--yes", action="store_true", help="although the model may recite its training text")
     args = parser.parse_args()
     check_arguments(args)
-    result, config = read_result(args.run)
+    result, config = read_own_result(args.run)
     weights, what = chosen_members(result, config, args.member or args.what or "best")
     tokens = read_tokenizer(args.run, result, config)
     tokenizer = build_tokenizer(tokens)

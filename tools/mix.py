@@ -12,13 +12,14 @@ declared before the losses are seen: say it with --final_mixture.
 """
 import argparse
 import hashlib
+import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
-from _runs import ROOT, load_logp, read_result, run_tool
+from _runs import ROOT, load_logp, read_own_result, run_tool
 from data.ngram import score_ngram
 from train_gpt import (UserError, dataset_folder, ensemble_curve, fit_mixture, load_dataset,
                        mean_loss, mixture_logp, result_lines, summarize, write_json)
@@ -73,8 +74,8 @@ def costs(results):
     tokens = sum(result["tokens_per_second"] * result["train_seconds"] for result in results)
     return {**total, "tokens_per_second": round(tokens / max(1e-9, total["train_seconds"]), 1),
             "mfu": None, "peak_memory_bytes": max(r["peak_memory_bytes"] for r in results),
-            "train_flops": sum(result["train_flops"] for result in results),
-            "over_limit": any(result["over_limit"] for result in results)}
+            "train_flops": sum(result.get("train_flops", math.nan) for result in results),
+            "over_limit": any(result.get("over_limit", False) for result in results)}
 
 
 def with_ngram(members, logp, weigh):
@@ -89,7 +90,7 @@ def with_ngram(members, logp, weigh):
 
 def mix(folders, keep=0, final_mixture="learned", ngram_order=0):
     """The result, like a run's, of the mixture of the members of the runs in `folders`."""
-    results, configs = zip(*(read_result(folder) for folder in folders))
+    results, configs = zip(*(read_own_result(folder) for folder in folders))
     check_same_data(folders, results, configs)
     config = replace(configs[0], final_mixture=final_mixture)
     data = load_dataset(dataset_folder(config), config)
@@ -122,6 +123,8 @@ def main():
                         help="of a Kneser-Ney n-gram that joins [0: none]")
     parser.add_argument("--out", type=Path, help="folder of result.json [runs/mix_TIME]")
     args = parser.parse_args()
+    if args.keep < 0:
+        raise UserError(f"--keep={args.keep}: must be a number of members, or 0 for all")
     if args.final_mixture == "ngram" and not args.ngram_order:
         raise UserError("--final_mixture=ngram needs --ngram_order")
     out = args.out or ROOT / "runs" / time.strftime("mix_%Y-%m-%d_%H-%M-%S")

@@ -27,6 +27,7 @@ COLOURS = ("#1b3a6b", "#d1662b", "#4f9d69", "#b98bc9", "#8c8c8c", "#e0b13c")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 MARKERS = "osD^vP"
 NATS = "loss (nats per token)"
+ENDINGS = (".png", ".pdf", ".svg")
 BINS = 10
 MAX_FLOPS = 1e14            # of calibration, beyond which it is left out: half an hour of a CPU
 
@@ -355,10 +356,15 @@ def main():
     parser.add_argument("--tokens", type=int, default=16_384, help="of val, for calibration"
                         " [%(default)s]")
     args = parser.parse_args()
+    if args.tokens < 0:
+        raise UserError(f"--tokens={args.tokens}: must be 0 (no calibration) or more")
     if len(args.runs) > len(COLOURS):
         raise UserError(f"{len(args.runs)} runs: at most {len(COLOURS)} can be told apart")
     runs = [read_curves(folder, place) for place, folder in enumerate(args.runs)]
     path = args.out or (args.runs[0] / "plot.png" if len(runs) == 1 else Path("plot.png"))
+    if path.suffix not in ENDINGS:
+        raise UserError(f"--out={path}: must end in {', '.join(ENDINGS)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     draw(runs, path, args.tokens)
     print(path)
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 
 from _decode import TEMPERATURE, Mixture, generate
-from _runs import load_member, read_result, run_tool, tokenizer_folder
+from _runs import load_member, read_own_result, run_tool, tokenizer_folder
 from data.token_tables import read_ranks
 from train_gpt import UserError, is_distilled, member_path, read_meta, start_runtime
 
@@ -144,7 +144,7 @@ class Writer(NamedTuple):
 def load(run, which="best"):
     """The Writer of a finished run's model: "best" on selection, "student" (the best of those who
     were taught), "ensemble" or a member's number. UserError if there is none."""
-    result, config = read_result(run)
+    result, config = read_own_result(run)
     weights, name = chosen_members(result, config, which)
     tokenizer = read_tokenizer(run, result, config)
     return Writer(load_mixture(run, config, weights), tokenizer, name)
