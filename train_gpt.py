@@ -98,7 +98,7 @@ class Config:
 
     # ---- members and ensemble
     num_models: int = opt(1, "members, in turn", cpu_long=10, mini=4, unlimited=96, toy=4)
-    num_epochs: int = opt(11, "passes over the data, each member", cpu=1, mini=16, tiny=15,
+    num_epochs: int = opt(11, "passes over the data, each member", cpu=8, mini=16, tiny=15,
                           two_hour=22, unlimited=2, toy=2)
     kd_alpha: float = opt(0, "distillation loss", most=1, mini=0.5, unlimited=0.45)
     kd_temperature: float = opt(1, "its temperature T", least=0.01, unlimited=1.2)
@@ -165,7 +165,7 @@ class Config:
     muon_eq: bool = opt(True, "MuonEq-R: unit rows before orthogonalization", tiny=False)
     normuon_beta2: float = opt(0.95, "NorMuon; 0: plain Muon", most=1, cpu=0)
     cautious: bool = opt(True, "decay only what the update does not push outwards")
-    weight_decay: float = opt(1.3, "of matrices, embedding and head", cpu=0.1, tiny=0.8)
+    weight_decay: float = opt(1.3, "of matrices, embedding and head", cpu=1.0, tiny=0.8)
     wd_schedule: tuple = opt(
         ((0, 1),), "(progress, multiplier) of weight_decay",
         tiny=((0, 1), (2 / 15, 1), (8 / 15, 0.125), (1, 1.1625)),
