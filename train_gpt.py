@@ -124,12 +124,12 @@ class Config:
     proj_init: str = opt("normal", "of projections", "normal", "zero", cpu="zero", tiny="zero")
     resid_init: float = opt(1, "first r of x <- r x + a x0; 0: no r", cpu=0, tiny=1.1)
     x0_init: float = opt(0.1, "first a of it (x0: the embedding); 0: no a", cpu=0)
-    unet: bool = opt(True, "learned skips from early layers to their mirrors")
+    unet: bool = opt(True, "learned skips from early layers to their mirrors", cpu=False)
     spelling: bool = opt(False, "tokens of like strings learn from each other", mini=True)
     row_memory: bool = opt(False, "what is in the row is likelier to come", mini=True)
     value_projections: bool = opt(True, "in every second layer values come from x0 too")
     attn_gate: bool = opt(True, "a gate per attention head")
-    qk_norm: bool = opt(True, "RMS-normalize queries and keys")
+    qk_norm: bool = opt(True, "RMS-normalize queries and keys", cpu=False)
     rope_base: float = opt(10000, "of the rotary position embedding", least=1)
     rope_fraction: float = opt(1, "part of the frequencies that turn", most=1, tiny=0.5)
     key_offset: bool = opt(False, "L layers: others are of the token before", tiny=True)
@@ -148,9 +148,9 @@ class Config:
     mtp_weight: float = opt(0, "of the MTP block", limited=0.3, two_hour=0.3, unlimited=0.3)
     second_weight: tuple = opt(
         (), "(progress, weight) of the second next token's loss, on the same logits",
-        tiny=((0, 0.5), (0.33, 0.5), (0.66, 0)))
+        cpu=((0, 0.5), (0.33, 0.5), (0.66, 0)), tiny=((0, 0.5), (0.33, 0.5), (0.66, 0)))
     third_weight: tuple = opt((), "(progress, weight) of the third next token's",
-                              tiny=((0, 0.25), (0.33, 0)))
+                              cpu=((0, 0.25), (0.33, 0)), tiny=((0, 0.25), (0.33, 0)))
 
     # ---- optimizer and regularization (cpu: x0_lr and scalar_lr are for ablations)
     matrix_lr: float = opt(0.01, "Muon, matrices of the blocks", cpu=0.04, tiny=0.032)
