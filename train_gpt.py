@@ -97,7 +97,7 @@ class Config:
                                  cpu=8, cpu_long=2, mini=32, tiny=32, unlimited=2, toy=4)
 
     # ---- members and ensemble
-    num_models: int = opt(1, "members, in turn", cpu_long=10, mini=4, unlimited=96, toy=4)
+    num_models: int = opt(1, "members, in turn", cpu=4, cpu_long=10, mini=4, unlimited=96, toy=4)
     num_epochs: int = opt(11, "passes over the data, each member", cpu=8, mini=16, tiny=15,
                           two_hour=22, unlimited=2, toy=2)
     kd_alpha: float = opt(0, "distillation loss", most=1, mini=0.5, unlimited=0.45)
