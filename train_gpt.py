@@ -13,9 +13,8 @@ The same command, with the same --run_id, goes on with a run that was stopped; w
 --num_models a finished one gets more members.
 
 The result is one number, declared in advance. Choices are made on `selection`, cut from train;
-`val` compares runs; `holdout` is shown once, at the end. The log reproduces the run.
-
-This file stands alone and reads from top to bottom.
+`val` compares runs; `holdout` is shown once, at the end. The log reproduces the run. This file
+stands alone and reads from top to bottom.
 """
 import contextlib
 import copy
@@ -100,11 +99,11 @@ class Config:
     num_models: int = opt(1, "members, in turn", cpu=4, cpu_long=10, mini=4, unlimited=96, toy=4)
     num_epochs: int = opt(11, "passes over the data, each member", cpu=12, mini=16, tiny=15,
                           two_hour=22, unlimited=2, toy=2)
-    kd_alpha: float = opt(0, "distillation loss", most=1, cpu=0.5, mini=0.5, unlimited=0.45)
+    kd_alpha: float = opt(0, "KL's weight", most=1, cpu=0.5, cpu_long=0.7, mini=0.5, unlimited=0.45)
     kd_temperature: float = opt(1, "its temperature T", least=0.01, unlimited=1.2)
-    kd_from: int = opt(2, "first that is taught", cpu=4, cpu_long=2, unlimited=9, toy=2)
-    kd_teachers: int = opt(1, "last members that teach, one in each step", cpu=99, cpu_long=1)
-    kd_epoch_factor: int = opt(1, "times the epochs for who is taught", cpu=3, cpu_long=1, toy=1)
+    kd_from: int = opt(2, "first that is taught", cpu=4, cpu_long=7, unlimited=9, toy=2)
+    kd_teachers: int = opt(1, "last members that teach, one in each step", cpu=99)
+    kd_epoch_factor: int = opt(1, "times the epochs for who is taught", cpu=3, toy=1)
     continue_members: bool = opt(False, "begin as the last one ended", unlimited=True)
     perturb_start: float = opt(0.25, "but perturbed, the second, by std of each tensor")
     perturb_end: float = opt(0.05, "and the last; a cosine in between")
@@ -113,7 +112,7 @@ class Config:
     average_epochs: int = opt(1, "of how many, the last", tiny=4, limited=3, two_hour=9, toy=2)
     average_recency: bool = opt(False, "weighted 1, 2, 3, ... and not equally", tiny=True)
     final_mixture: str = opt("uniform", "the declared result", "uniform", "learned",
-                             unlimited="learned")
+                             cpu_long="learned", unlimited="learned")
 
     # ---- model
     num_layers: int = opt(30, "blocks", cpu=4, mini=12, tiny=16, toy=4)
@@ -561,7 +560,7 @@ def load_dataset(folder, config):
             tokens, bos, hashes[path.name] = read_shard(path, config.vocab_size, listed.get(key))
             splits[split] += split_documents(tokens, bos)
         if not splits[split]:
-            script = folder.name if folder.name in ("prose", "fineweb") else "YOUR_SCRIPT"
+            script = folder.name if folder.name in ("prose", "fineweb") else "text"
             raise UserError(f"{folder}: no {split} shards; get them: python data/{script}.py")
     if count_tokens(splits["train"]) < config.train_tokens:
         raise UserError(f"{folder}: {count_tokens(splits['train']):,} tokens in train, below"
@@ -598,8 +597,8 @@ def cut_selection(documents, config):
     ends = np.cumsum([0] + [len(document) for document in documents])
     first = min(len(documents), int(np.searchsorted(ends, config.selection_tokens)))
     if ends[first] > ends[-1] / 2 or not documents:
-        raise UserError(f"--selection_tokens={config.selection_tokens}: as whole documents, more"
-                        f" than half of train: {ends[first]:,} of {ends[-1]:,} tokens; lower it")
+        raise UserError(f"--selection_tokens={config.selection_tokens}: {ends[first]:,} of the"
+                        f" {ends[-1]:,} tokens, more than half; lower it, to 0 if one alone is")
     return documents[first:], documents[:first]
 
 def read_token_tables(folder, config):
@@ -765,6 +764,8 @@ def rotate(x, cos, sin):
 
 def attend(q, k, v, spec):
     """Causal attention, q, k, v [B, T, H, Dh] -> [B, T, H, Dh]."""
+    if callable(spec.path):     # tools/_decode.py: with the keys of earlier tokens
+        return spec.path(q, k, v, spec)
     if spec.path == "fa3":
         y = flash_attn_func(q, k, v, causal=True, window_size=(spec.window, 0),
                             softmax_scale=spec.scale)
@@ -1476,6 +1477,7 @@ def run_name(config, overrides):
     parts = [f"_{name}{as_text(value)}" for name, value in overrides.items()
              if name not in (*FREE, "seed") and value != usual[name]]
     name = config.track + re.sub(r"[^\w.-]+", "-", "".join(parts))
+    name = name if len(name) <= 80 else name[:72] + hashlib.sha256(name.encode()).hexdigest()[:7]
     return f"{name}_seed{config.seed}"
 
 def claim(config, overrides, hashes, runtime):
@@ -1734,9 +1736,9 @@ def result_lines(result):
         f" mixture), {result['val_bpb'] or math.nan:.4f} bits per byte, selection"
         f" {result['selection_loss'] or math.nan:.4f}, holdout {result['holdout_loss']:.4f}",
         f"data efficiency  {', '.join(multiples) or 'n/a'}",
-        f"time             {times}{'; OVER the limit' * result['over_limit']}",
-        f"speed            {result['train_flops']:.3g} FLOPs, {result['tokens_per_second']:,.0f}"
-        f" tokens/s, MFU {percent(result['mfu'])}, peak memory"
+        f"time             {times}{'; OVER the limit' * result.get('over_limit', 0)}",
+        f"speed            {result.get('train_flops', math.nan):.3g} FLOPs,"
+        f" {result['tokens_per_second']:,.0f} tokens/s, MFU {percent(result['mfu'])}, peak memory"
         f" {result['peak_memory_bytes'] / 2 ** 20:,.0f} MiB"]
 
 # ==== Training ==========================================================================
@@ -1788,7 +1790,6 @@ class Trainer:
     def start_member(self, number, seed, state=None):
         """Fresh weights and optimizer, or the last member's, perturbed (slowrun #90).
         state: of a run that is resumed, with the last member's optimizer if that is done."""
-        self.model.train()
         config, runtime = self.config, self.runtime
         is_new = self.optimizer is None or not config.continue_members
         if is_new:
@@ -2197,8 +2198,7 @@ def keep_tokenizer(data, folder):
     """Copy what turns tokens into text, so that a run's folder can do without its dataset."""
     ranks = data.folder / data.meta.get("ranks", "ranks.tiktoken")
     if ranks.is_file():
-        content = ranks.read_bytes()
-        write_whole(folder / ranks.name, lambda beside: beside.write_bytes(content))
+        write_whole(folder / ranks.name, lambda beside: beside.write_bytes(ranks.read_bytes()))
         write_json(folder / "meta.json", {name: value for name, value in data.meta.items()
                                           if isinstance(value, (str, int))})
 

@@ -293,7 +293,7 @@ def test_fetching_that_fails_ends_it(tree):
 @pytest.mark.parametrize("says", [
     "unknown field 'sed'; did you mean seed?", "--batch_rows=17 must be a multiple of 2",
     "/x/prose: 5 tokens in train, below --train_tokens=9; get more or lower it",
-    "mine: no val shards; get them: python data/YOUR_SCRIPT.py"])
+    "mine: no val shards; get them: python data/text.py"])
 def test_after_any_other_error_nothing_is_fetched_or_launched(says, tree):
     code, err, calls = tree("--sed=1", gpus=2, missing=says)
     assert code == 2 and calls == [script("check", "--sed=1")]

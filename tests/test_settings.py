@@ -274,7 +274,7 @@ def refused(tmp_path):
     (["--selection_tokens=4600"], ["--selection_tokens=4600", "more than half", "lower"]),
     (["--model_dim=16"], ["--model_dim=16", "from 32"]),
     (["--train_tokens=1"], ["--train_tokens=1", "from 2"]),
-    (["--train_tokens=2", "--selection_tokens=1"], ["2 of the 2 tokens", "to 0 if the first alone is"]),
+    (["--train_tokens=2", "--selection_tokens=1"], ["2 of the 2 tokens", "to 0 if one alone is"]),
     (["--subset_fraction=0.5"], ["field 'subset_fraction'"]),
     (["--loop_start=0", "--loop_count=2", "--loop_from_epoch=9", "--num_epochs=9"],
      ["--loop_from_epoch=9", "--num_epochs=9", "--loop_count=1"]),

@@ -4,16 +4,15 @@ tools/export.py copies this file beside a copy of train_gpt.py: it imports nothi
 """
 import functools
 import math
-import sys
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 try:
-    from .train_gpt import GPT, token_logits        # in an exported folder
+    from .train_gpt import token_logits        # in an exported folder
 except ImportError:
-    from _runs import GPT, token_logits
+    from _runs import token_logits
 
 TEMPERATURE = 0.8
 
@@ -175,12 +174,3 @@ def generate(mixture, tokens, count, temperature=TEMPERATURE, top_k=0, top_p=1.0
         chosen = choose(logp.double().cpu(), temperature, top_k, top_p, generator)
         yield chosen
         tokens = chosen.unsqueeze(1).to(tokens.device)
-
-
-def attend_by_path(attend, q, k, v, spec):
-    """train_gpt.attend, or what spec.path does where it is a function."""
-    return spec.path(q, k, v, spec) if callable(spec.path) else attend(q, k, v, spec)
-
-
-SCRIPT = sys.modules[GPT.__module__]
-SCRIPT.attend = functools.partial(attend_by_path, SCRIPT.attend)
