@@ -83,7 +83,7 @@ def test_folder_is_named_by_track_settings_and_seed(prose):
     assert prose.folder.name.startswith("cpu_presettoy_devicecpu_dtypefloat32_")
     assert prose.folder.name.endswith("_seed1") and len(prose.folder.name) < 90
     assert {path.name for path in files(prose.folder)} == {
-        "run.json", "lock", "log.txt", "metrics.jsonl", "result.json",
+        "run.json", "lock", "log.txt", "metrics.jsonl", "result.json", "meta.json", "ranks.tiktoken",
         *(f"{k:03d}{kind}.safetensors" for k in (1, 2, 3) for kind in ("", ".logp"))}
 
 
@@ -356,7 +356,7 @@ def test_the_declared_mixture_is_the_result(mixture, suffix, pair, small, tmp_pa
     assert declared_number(run) == (last[f"val_loss{suffix}"], last[f"holdout_loss{suffix}"])
     assert last["val_loss"] != last["val_loss_learned"]
     assert f"val loss {run.result['val_loss']:.4f} ({mixture} mixture)" in run.console
-    assert run.result["val_bpb"] is None and "n/a bits per byte" in run.console     # no tokens.npz
+    assert run.result["val_bpb"] is None and "nan bits per byte" in run.console     # no tokens.npz
 
 
 def test_without_selection_nothing_is_fitted(small, tmp_path):

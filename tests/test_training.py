@@ -749,7 +749,8 @@ def test_every_epoch_is_a_reading_and_a_line(small_data, tmp_path):
     assert [round(m["epoch"]) for m in other.steps] == 2 * [1, 2, 3]
     assert not any("selection_loss" in m for m in other.steps)
     assert other.result["selection_loss"] is None
-    assert "selection" not in other.console.partition("\n\n")[2]
+    while_training = other.console.partition("\n\n")[2].partition("\nresult ")[0]
+    assert "selection" not in while_training and "selection nan" in other.console
 
 
 @pytest.mark.parametrize("clip", [0, 0.01])
