@@ -71,6 +71,14 @@ def write_token_tables(folder, ranks, vocab_size, bos):
                         weights=weights, pairs=merged_pairs(ranks, vocab_size))
 
 
+def byte_characters():
+    """{byte: the printable character that stands for it in byte-level BPE} (GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
 def read_ranks(path):
     """{token: bytes} of a file in tiktoken's format."""
     lines = [line.split() for line in Path(path).read_bytes().splitlines()]

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 
 from documents import BuildError
-from token_tables import read_ranks
+from token_tables import byte_characters, read_ranks
 
 # how text is split into the pieces that a BPE token may not cross: GPT-2's rule
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -29,10 +29,7 @@ def train_ranks(texts, vocab_size):
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
-    # the library writes each byte as a printable character: GPT-2's table, inverted here
-    printable = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b]
-    others = [b for b in range(256) if b not in printable]
-    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    byte = {character: b for b, character in byte_characters().items()}
     ranks = {bytes([b]): b for b in range(256)}
     for left, right in json.loads(tokenizer.to_str())["model"]["merges"]:
         ranks.setdefault(bytes(byte[c] for c in left + right), len(ranks))

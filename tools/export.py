@@ -29,6 +29,7 @@ import torch
 
 from _decode import TEMPERATURE, generate
 from _runs import ROOT, read_own_result, run_tool
+from data.token_tables import byte_characters
 from sample import chosen_members, load_mixture, read_tokenizer
 from train_gpt import (BASELINES, FIELDS, FREE, SOURCE, UserError, data_efficiency, dataset_folder,
                        load_dataset, num_parameters, save_file, write_json)
@@ -89,14 +90,6 @@ def recitation(mixture, result, config, count):
 
 
 # ==== Tokens ====================================================================================
-def byte_characters():
-    """The printable character that stands for each byte in byte-level BPE (GPT-2)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {
-        byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
 def byte_pair_merges(ranks):
     """Pairs of strings that encoding may merge, in the order of ranks {token: bytes}: tiktoken
     merges any two that make a token together."""
