@@ -13,8 +13,7 @@ The same command, with the same --run_id, goes on with a run that was stopped; w
 --num_models a finished one gets more members.
 
 The result is one number, declared in advance. Choices are made on `selection`, cut from train;
-`val` compares runs; `holdout` is shown once, at the end. The log reproduces the run. This file
-stands alone and reads from top to bottom.
+`val` compares runs; `holdout` is shown once, at the end. The log reproduces the run.
 """
 import contextlib
 import copy
@@ -327,8 +326,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 try:
     from flash_attn_interface import flash_attn_func        # FlashAttention 3
-except Exception:       # not installed, or a broken build
-    flash_attn_func = None
+except Exception as error:      # not installed, or a broken build
+    flash_attn_func, no_flash = None, type(error).__name__
 
 # ==== Runtime: processes, device, dtype =================================================
 @dataclass
@@ -463,9 +462,10 @@ def choose_attention(runtime, compiles_model):
         flash_attn_func(probe, probe, probe, causal=True, window_size=(63, 0))
         runtime.synchronize()
         runtime.attention = "fa3"
-    except Exception:               # not installed, another architecture
+    except Exception as error:      # not installed, another architecture
+        why = type(error).__name__ if flash_attn_func else no_flash
         runtime.attention = "flex" if runtime.compile and compiles_model else "sdpa"
-        runtime.notes.append(f"attention {runtime.attention}: no FlashAttention 3 that works")
+        runtime.notes.append(f"attention {runtime.attention}: FlashAttention 3 fails ({why})")
 
 # ==== Shards and rows ===================================================================
 # llm.c's and modded-nanogpt's file: an int32[256] header (magic, version, tokens, vocabulary
@@ -1309,7 +1309,7 @@ class MuonAdamW:
                 self.groups.append(ParameterGroup(row, part, owner, runtime.rank))
 
     @torch.no_grad()
-    def step(self, lr_multiplier=1.0, wd_multiplier=1.0, momentum=0.95):
+    def step(self, lr_multiplier, wd_multiplier, momentum):
         """One update from the parameters' .grad, which it clears. Returns this process's part of
         the square of the norm of the whole gradient, before it is clipped."""
         self.steps += 1
@@ -1774,7 +1774,9 @@ class Trainer:
         self.micro_rows = micro_batch_rows(config, runtime.world_size)
         with runtime.device:
             self.model = GPT(config, runtime.dtype, runtime.attention)
-        self.teacher = copy.deepcopy(self.model).eval() if config.kd_alpha else None
+        self.teacher = None
+        if config.kd_alpha:
+            self.teacher = copy.deepcopy(self.model).to(runtime.dtype).eval()
         self.teachers = []          # weights of members that teach
         self.optimizer = None
         self.forward = runtime.compiled(GPT.forward, config.compile_model)
@@ -2203,7 +2205,7 @@ def keep_tokenizer(data, folder):
                                           if isinstance(value, (str, int))})
 
 def run(config, overrides):
-    """Train the members, write the run's folder; returns the result on the main process."""
+    """Train the members, write the run's folder."""
     runtime = start_runtime(config)
     micro_batch_rows(config, runtime.world_size)
     config = replace(config, dtype=str(runtime.dtype).removeprefix("torch."))
@@ -2211,13 +2213,12 @@ def run(config, overrides):
     folder, had_run, changes, history, lock = claim(config, overrides, data.hashes, runtime)
     log = Log(Path(os.path.relpath(folder)), runtime.is_main)   # a log may be published
     path = folder / "result.json"
-    result = None
     if path.exists():
         result = json.loads(path.read_text(encoding="utf-8"))
         if runtime.is_main:
             print("\n".join([f"{folder}: this run is finished", *(f"changed   {change}"
                              for change in changes), "", *result_lines(result)]))
-        return result
+        return
     trainer = Trainer(config, runtime, data.tables)
     announce(trainer, data, log, overrides, had_run, changes)
     states = States(log, config.save_minutes, remember_signals())
@@ -2235,7 +2236,6 @@ def run(config, overrides):
         states.path.unlink(missing_ok=True)
         for line in ("", *result_lines(result), f"folder           {log.folder}"):
             log.say(line)
-    return result
 
 def report_error(error):
     """Say an error to a person; returns the exit code (2, or 128 + a signal that stopped the run),

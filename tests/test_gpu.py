@@ -345,7 +345,7 @@ def test_a_run_of_every_track(track, tmp_path):
                 "--num_models=2", "--kd_alpha=0.5", "--kd_from=2", *FEWER_STAGES.get(track, []))
     attention = chosen_attention(torch.bfloat16)
     assert f"torch.bfloat16, attention {attention}, compile on" in run.log
-    assert ("no FlashAttention 3" in run.console) == (attention != "fa3")
+    assert ("FlashAttention 3 fails" in run.console) == (attention != "fa3")
     assert run.result["compile_seconds"] > 0
     if attention == "flex":         # nothing fell back to eager mode
         assert not torch._dynamo.utils.counters["graph_break"]
@@ -521,7 +521,7 @@ def measured_peak(config):
     for _ in range(2):          # in the first, compilers try and measure
         torch.cuda.reset_peak_memory_stats(HERE)
         trainer.gradients(stream[:, :-1], stream[:, 1:].clone(), 0.99, distill)
-        trainer.optimizer.step()
+        trainer.optimizer.step(1.0, 1.0, 0.95)
     runtime.synchronize()
     return torch.cuda.max_memory_allocated(HERE) - before, runtime.dtype
 

@@ -126,7 +126,7 @@ def test_it_does_what_it_says(idea, changed):
         for step in range(3):
             grad = randn(3, 4, seed=step + 1, dtype=torch.float32)
             p.grad = grad.clone()
-            optimizer.step(momentum=0.9)
+            optimizer.step(1.0, 1.0, 0.9)
             momentum = 0.9 * momentum + grad.double().numpy()
             expected = expected * (1 - 0.1 * config.weight_decay) - 0.1 * momentum
         assert relative_error(p, np.float64(expected)) < 1e-6

@@ -404,7 +404,7 @@ def test_grad_clip_is_of_the_whole_gradient(limit):
     norm = np.sqrt(sum((g ** 2).sum() for g in gradients.values()))
     assert 2.0 < norm < 1e6
     optimizer = MuonAdamW(model.named_parameters(), config, FLOAT64)
-    optimizer.step(momentum=0.75)
+    optimizer.step(1.0, 1.0, 0.75)
     for group in optimizer.groups:
         is_adamw = "first_moment" in group.state
         seen = group.state["first_moment" if is_adamw else "momentum"]
@@ -420,7 +420,7 @@ def test_no_state_is_shared_between_optimizers():
         model = randomize(GPT(small_config(**TECHNIQUES)))
         optimizer = MuonAdamW(model.named_parameters(), model.config)
         set_gradients(model)
-        optimizer.step()
+        optimizer.step(1.0, 1.0, 0.95)
         results.append(model.state_dict())
     assert all(torch.equal(p, results[1][name]) for name, p in results[0].items())
 
