@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up and launch.
 #   ./run.sh [--field=value ...]     train on all GPUs there are; fetches the data that is missing
+#   ./run.sh --track=auto --dataset=DIR [--minutes=60]    with settings that fit a text and a time
 #   ./run.sh check [...]             only say what it would do, and whether that is sound
 #   ./run.sh text PATH... --out=DIR  one's own text as a dataset
 #   ./run.sh TOOL [...]              a script of tools/; ./run.sh TOOL --help says more
@@ -103,6 +104,7 @@ esac
 # ---- train: the script says on how many processes, after a look at settings and data
 case " $* " in *" --help "*|*" -h "*) exec $python train_gpt.py --help ;; esac
 count_gpus "$@"
+case " $* " in *" --track=auto "*) exec $python tools/auto.py "$@" ;; esac
 case "$gpus $* " in
     0*" --device="*|0*" --preset=toy "*) ;;
     0*" --track=mini "*|0*" --track=tiny "*|0*" --track=limited "*|0*" --track=two_hour "*|\

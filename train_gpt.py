@@ -100,7 +100,7 @@ class Config:
                           two_hour=22, unlimited=2, toy=2)
     kd_alpha: float = opt(0, "KL's weight", most=1, cpu=0.5, cpu_long=0.7, mini=0.5, unlimited=0.45)
     kd_temperature: float = opt(1, "its temperature T", least=0.01, unlimited=1.2)
-    kd_from: int = opt(2, "first that is taught", cpu=4, cpu_long=7, unlimited=9, toy=2)
+    kd_from: int = opt(2, "first that is taught", least=2, cpu=4, cpu_long=7, unlimited=9, toy=2)
     kd_teachers: int = opt(1, "last members that teach, one in each step", cpu=99)
     kd_epoch_factor: int = opt(1, "times the epochs for who is taught", cpu=3, toy=1)
     continue_members: bool = opt(False, "begin as the last one ended", unlimited=True)
@@ -939,8 +939,7 @@ class GPT(nn.Module):
     def forward(self, tokens, specs=None):
         """int64 [B, T] -> normalized final hidden states [B, T, D]; specs: the last stage's."""
         specs = specs or self.specs(length=tokens.shape[1])
-        x0 = norm(self.wte(tokens).to(self.dtype))
-        x = x0
+        x = x0 = norm(self.wte(tokens).to(self.dtype))
         for _ in range(specs.passes - 1):       # full recurrence (slowrun #92: -0.005)
             with torch.no_grad():
                 x = norm(self.trunk(x, x0, specs))
@@ -976,17 +975,17 @@ def flops_per_token(config, stage):
         total += 6 * sum(num_parameters(module) for module in modules) + attention(config.seq_len)
     return total
 
-def step_flops(config):
-    """({stage: training FLOPs a token}, those of the teacher's forward)."""
-    stages = training_stages(config)
+def step_flops(config, teacher=None):
+    """({stage: training FLOPs a token}, those of the forward of a teacher of Config `teacher`)."""
+    teacher = replace(teacher or config, mtp_weight=0)
+    last = training_stages(teacher)[-1]
     # a teacher's forward is a third of a step; 3 p - 2: all of its passes are forward only
-    last = stages[-1]._replace(passes=3 * stages[-1].passes - 2)
-    teacher = flops_per_token(replace(config, mtp_weight=0), last) / 3
-    return {stage: flops_per_token(config, stage) for stage in stages}, teacher
+    forward = flops_per_token(teacher, last._replace(passes=3 * last.passes - 2)) / 3
+    return {stage: flops_per_token(config, stage) for stage in training_stages(config)}, forward
 
 def is_distilled(config, number):
     """Whether member `number` (from 1) has a teacher."""
-    return bool(config.kd_alpha) and number >= max(2, config.kd_from)
+    return bool(config.kd_alpha) and number >= config.kd_from
 
 def epochs_of(config, number):
     """Passes over the data of member `number` (from 1); students are patient (arXiv 2106.05237)."""
@@ -1766,7 +1765,7 @@ StepPlan = namedtuple("StepPlan", "specs loss num_targets num_second progress")
 class Trainer:
     """The models, optimizer and compiled functions that all members of a run share.
     Weights are copied into one student and one teacher: the next member compiles nothing."""
-    def __init__(self, config, runtime, tables=None):
+    def __init__(self, config, runtime, tables=None, teachers=None):
         self.config = config
         self.runtime = runtime
         self.tables = tables
@@ -1774,10 +1773,10 @@ class Trainer:
         self.micro_rows = micro_batch_rows(config, runtime.world_size)
         with runtime.device:
             self.model = GPT(config, runtime.dtype, runtime.attention)
-        self.teacher = None
+        self.teacher, self.teachers = teachers or (None, [])    # a model, the weights it takes
         if config.kd_alpha:
-            self.teacher = copy.deepcopy(self.model).to(runtime.dtype).eval()
-        self.teachers = []          # weights of members that teach
+            self.teacher = self.teacher or copy.deepcopy(self.model).to(runtime.dtype).eval()
+            self.teacher_specs = self.teacher.specs()
         self.optimizer = None
         self.forward = runtime.compiled(GPT.forward, config.compile_model)
         self.mtp_hidden = runtime.compiled(GPT.mtp_hidden, config.compile_model)
@@ -1786,7 +1785,7 @@ class Trainer:
         self.stages = training_stages(config)
         self.specs = {stage: self.model.specs(stage) for stage in self.stages}
         self.last_specs = self.specs[self.stages[-1]]
-        self.flops, self.teacher_flops = step_flops(config)
+        self.flops, self.teacher_flops = step_flops(config, teachers and self.teacher.config)
 
     @torch.no_grad()
     def start_member(self, number, seed, state=None):
@@ -1893,7 +1892,7 @@ class Trainer:
         teacher = None
         if plan.loss.alpha:         # slowrun #31: -0.085 in the first generation
             with torch.no_grad():
-                taught = self.forward(self.teacher, inputs, self.last_specs).flatten(0, 1)
+                taught = self.forward(self.teacher, inputs, self.teacher_specs).flatten(0, 1)
             teacher = (taught, self.teacher.head.weight.to(self.runtime.dtype))
         ahead = [shift(targets, j) for j in range(len(plan.loss.target_weights))]
         ahead = torch.stack(ahead, dim=2).flatten(0, 1)
@@ -2204,12 +2203,13 @@ def keep_tokenizer(data, folder):
         write_json(folder / "meta.json", {name: value for name, value in data.meta.items()
                                           if isinstance(value, (str, int))})
 
-def run(config, overrides):
-    """Train the members, write the run's folder."""
+def run(config, overrides, teachers=None):
+    """Train the members, write the run's folder. teachers: of another run (tools/distill.py)."""
     runtime = start_runtime(config)
     micro_batch_rows(config, runtime.world_size)
     config = replace(config, dtype=str(runtime.dtype).removeprefix("torch."))
     data = load_dataset(dataset_folder(config), config)
+    data.hashes |= teachers[2] if teachers else {}
     folder, had_run, changes, history, lock = claim(config, overrides, data.hashes, runtime)
     log = Log(Path(os.path.relpath(folder)), runtime.is_main)   # a log may be published
     path = folder / "result.json"
@@ -2219,7 +2219,7 @@ def run(config, overrides):
             print("\n".join([f"{folder}: this run is finished", *(f"changed   {change}"
                              for change in changes), "", *result_lines(result)]))
         return
-    trainer = Trainer(config, runtime, data.tables)
+    trainer = Trainer(config, runtime, data.tables, teachers and teachers[:2])
     announce(trainer, data, log, overrides, had_run, changes)
     states = States(log, config.save_minutes, remember_signals())
     members, scores = train_members(trainer, data, log, states)

@@ -36,7 +36,7 @@ from array import array
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,6 @@ VOCABULARY_BYTES = 100_000_000          # of train, from the front, that a vocab
 SHARD_TOKENS = 100_000_000
 MAX_SOURCES = 1_000                     # more are no groups to evaluate by
 FEW_TOKENS = 20_000                     # of val: its loss is noisy
-CPU_TOKENS, CPU_SELECTION, CPU_EVAL = 50_000, 5_000, 200_000    # the track's, and what is quick
 SMALL = 8_000_000                       # bytes of files that one process is quickest with
 DATASET_FILE = re.compile(r".+_(train|val|holdout)_\d+\.bin"
                           r"|meta\.json|ranks\.tiktoken|tokens\.npz")
@@ -249,7 +248,7 @@ def group(documents, max_tokens):
 def write_split(split, documents, corpus, folder, max_tokens):
     """Write the shards of a split from (number, tokens) of its documents.
 
-    Returns {key of a shard: (entry in meta.json, numbers of its documents, their tokens)}.
+    Returns {key of a shard: (entry in meta.json, numbers of its documents)}.
     """
     written = {}
     for shard in group(documents, max_tokens):
@@ -258,7 +257,7 @@ def write_split(split, documents, corpus, folder, max_tokens):
         path = folder / f"{folder.name}_{key}.bin"
         entry = write_shard(path, np.concatenate(tokens), bos + 1, bos)
         entry["text_bytes"] = sum(map(corpus.size, numbers))
-        written[key] = entry, numbers, list(map(len, tokens))
+        written[key] = entry, numbers
     if not written:
         raise BuildError(f"--max_tokens={max_tokens}: less than the first document has; raise it")
     return written
@@ -296,10 +295,10 @@ def build(args, files, folder, jobs):
         most = args.max_tokens if split == "train" else math.inf
         documents = encode_split(numbers, corpus, folder, jobs, most)
         shards |= write_split(split, documents, corpus, folder, most)
-    kept = sum(len(numbers) for _, numbers, _ in shards.values())
+    kept = sum(len(numbers) for _, numbers in shards.values())
     report["dropped"]["beyond --max_tokens"] = len(corpus.keys) - kept
     meta = {
-        "splits": {key: entry for key, (entry, _, _) in shards.items()},
+        "splits": {key: entry for key, (entry, _) in shards.items()},
         "tokenizer": name, "vocab_size": vocab_size, "bos_id": vocab_size - 1,
         "bos_text": BOS_TEXT, "pattern": PATTERN, "ranks": "ranks.tiktoken",
         "ranks_sha256": hashlib.sha256(as_file(ranks)).hexdigest(),
@@ -307,9 +306,8 @@ def build(args, files, folder, jobs):
         "settings": settings_of(args)}
     if 1 < len(corpus.names) <= MAX_SOURCES:
         meta |= {"sources": list(corpus.names), "document_sources": {
-            key: [corpus.sources[i] for i in numbers] for key, (_, numbers, _) in shards.items()}}
-    sizes = [sizes for key, (_, _, sizes) in shards.items() if key.startswith("train")]
-    return meta, list(chain.from_iterable(sizes))
+            key: [corpus.sources[i] for i in numbers] for key, (_, numbers) in shards.items()}}
+    return meta
 
 
 def settings_of(args):
@@ -347,7 +345,7 @@ def make(args):
         # no _ in names but where train_gpt.py wants it, no . as in those of other files here
         folder = Path(work, re.sub("[^A-Za-z0-9-]+", "-", out.name))
         folder.mkdir()
-        meta, sizes = build(args, files, folder, jobs)
+        meta = build(args, files, folder, jobs)
         if before.get("splits") == meta["splits"] and "baseline" in before:
             meta["baseline"] = before["baseline"]       # curves measured on the same shards
         write_meta(folder, meta)
@@ -355,31 +353,14 @@ def make(args):
         if out.exists():
             out.rename(Path(work, ".before"))
         folder.rename(out)
-    summarize(out, meta, sizes)
+    summarize(out, meta)
 
 
 def count_of(meta, split, what):
     return sum(entry[what] for key, entry in meta["splits"].items() if key.startswith(split))
 
 
-def training_command(out, meta, sizes):
-    """What trains the track `cpu` on it; sizes: tokens of train's documents. load_dataset wants
-    whole documents for selection, and no more than half of the tokens."""
-    tokens = min(CPU_TOKENS, sum(sizes))
-    ends = [0, *(min(end, tokens) for end in accumulate(sizes))]
-    fit = [wanted for wanted in (CPU_SELECTION, tokens // 10, 0)
-           if ends[min(bisect.bisect_left(ends, wanted), len(sizes))] <= tokens / 2]
-    place = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out
-    command = (f"./run.sh --track=cpu --dataset={shlex.quote(str(place))}"
-               f" --vocab_size={meta['vocab_size']} --train_tokens={tokens}")
-    if fit[0] != CPU_SELECTION:
-        command += f" --selection_tokens={fit[0]}"
-    if max(count_of(meta, split, "tokens") for split in ("val", "holdout")) > CPU_EVAL:
-        command += f" --eval_tokens={CPU_EVAL}"
-    return command
-
-
-def summarize(out, meta, sizes):
+def summarize(out, meta):
     """Print what there is, of what, and what trains on it."""
     for split in ("train", "val", "holdout"):
         documents, tokens, size = (count_of(meta, split, what)
@@ -399,8 +380,9 @@ def summarize(out, meta, sizes):
     if count_of(meta, "val", "tokens") < FEW_TOKENS:
         print(f"note      val has less than {FEW_TOKENS:,} tokens, so its loss is noisy: give more"
               " text, or raise --val and --holdout")
-    print(f"folder    {out}\n\ntrain on it (all of train: --train_tokens={sum(sizes)}):\n"
-          f"    {training_command(out, meta, sizes)}")
+    place = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out
+    print(f"folder    {out}\n\ntrain on it, with settings that fit it and the time that you have:\n"
+          f"    ./run.sh --track=auto --dataset={shlex.quote(str(place))} --minutes=60")
 
 
 def parse(argv):

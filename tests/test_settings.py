@@ -313,9 +313,9 @@ def test_toy_starts_on_many_processes(track):
 
 
 @pytest.mark.parametrize("alpha, first, taught", [
-    (0.0, 2, []), (0.5, 2, [2, 3, 4]), (0.5, 3, [3, 4]), (0.5, 1, [2, 3, 4]), (1.0, 5, [])])
+    (0.0, 2, []), (0.5, 2, [2, 3, 4]), (0.5, 3, [3, 4]), (0.5, 1, [1, 2, 3, 4]), (1.0, 5, [])])
 def test_members_that_have_a_teacher(alpha, first, taught):
-    """Those from kd_from on, never the first."""
+    """Those from kd_from on; the first as well, where another run's members teach (kd_from=1)."""
     config = replace(make_config("cpu"), kd_alpha=alpha, kd_from=first)
     assert [number for number in range(1, 5) if is_distilled(config, number)] == taught
 

@@ -22,13 +22,13 @@ import pyarrow.parquet
 import pytest
 import tiktoken.load
 
+import auto
 import documents
 import text
 import vocabulary
 from helpers import ROOT, TINY, clean_environment, kept_handlers, main, python
 from token_tables import write_token_tables
-from train_gpt import (TRACKS, cut_documents, cut_selection, load_dataset, make_config,
-                       parse_arguments)
+from train_gpt import load_dataset, make_config
 
 SCRIPT = ROOT / "data/text.py"
 NAMES = ("train", "val", "holdout")
@@ -169,13 +169,14 @@ def test_command_that_it_prints_trains(made, tmp_path):
     """And the dataset is what load_dataset makes of it, without the traps of the folder's name."""
     folder, texts, _, printed = made
     words = shlex.split(printed.splitlines()[-1])
-    assert words[0] == "./run.sh"
-    values = parse_arguments(words[1:])
-    data = load_dataset(folder, make_config(**values))
+    assert words == ["./run.sh", "--track=auto", f"--dataset={folder}", "--minutes=60"]
+    _, fields = auto.read_text({"dataset": str(folder)}, "cpu")
+    data = load_dataset(folder, make_config("cpu", dataset=str(folder), **fields))
     assert data.notes == [] and len(data.scored["val"]) == len(expected_split(texts, "val"))
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     assert data.val_bytes == meta["splits"]["val_000000"]["text_bytes"]
-    code, out, err = main(*words[1:], *TINY, "--num_models=1", f"--runs_dir={tmp_path}")
+    code, out, err = main("--track=cpu", f"--dataset={folder}", *TINY, "--num_models=1",
+                          f"--vocab_size={fields['vocab_size']}", f"--runs_dir={tmp_path}")
     assert code == 0, err
     assert "bits per byte" in out and "n/a bits" not in out
 
@@ -596,26 +597,3 @@ def test_processes_are_given_few_items_ahead():
     results = text.parallel(str, (taken.append(i) or i for i in range(100)), jobs=2)
     assert next(results) == (0, "0") and len(taken) <= 6
     assert list(results) == [(i, str(i)) for i in range(1, 100)]
-
-
-@pytest.mark.parametrize("sizes", [
-    [500] * 300, [30] * 40, [4_000, 4_000, 60_000], [90_000, 500, 500], [700, 800, 200], [40, 30],
-    [24_000] * 5, [26_000] * 5, [3], [25_000, 25_000]])
-def test_command_has_values_that_load_dataset_takes(tmp_path, sizes):
-    meta = {"vocab_size": 512, "splits": {
-        split: {"tokens": 900_000} for split in ("val_000000", "holdout_000000")}}
-    words = shlex.split(text.training_command(tmp_path / "of own", meta, sizes))
-    config = make_config(**parse_arguments(words[1:]))
-    assert config.dataset == str(tmp_path / "of own") and config.eval_tokens == 200_000
-    assert config.train_tokens == min(50_000, sum(sizes))
-    train, selection = cut_selection(
-        cut_documents([np.zeros(size) for size in sizes], config.train_tokens), config)
-    assert train and bool(selection) == bool(config.selection_tokens)
-    if sizes[0] <= 5_000 and sum(sizes) >= 50_000:
-        assert config.selection_tokens == 5_000
-
-
-def test_numbers_of_the_track_are_the_tracks():
-    track = TRACKS["cpu"]
-    assert (text.CPU_TOKENS, text.CPU_SELECTION) == (track["train_tokens"],
-                                                     track["selection_tokens"])
