@@ -3,19 +3,26 @@
     python data/fineweb.py                       # val 10M, train 100M, holdout 10M; 400 MB
     python data/fineweb.py --tokens=48_000_000   # less to train on: 200 MB
     python data/fineweb.py --out=/disk/fineweb --cache=/disk/hub   # other places; --help: the rest
+    python data/fineweb.py --from_raw            # the same, tokenized here from FineWeb's text
 
 The Slowrun's dataset is the beginning of FineWeb's sample-10BT: 10M tokens to validate on, then
 100M to train on. modded-nanogpt's tokenized shards are that very stream in pieces of 100M tokens,
 so two of them hold all of it, and 10M further tokens as a holdout that nobody tunes on. Each split
 begins with the first document after the one that the end of the split before it cuts; the rest of a
 cut document is in no split. Run again, an interrupted download goes on where it stopped.
+
+With --from_raw the stream is made here: the text of FineWeb's own parquet files, as much of it as
+the splits take, is tokenized on all cores. Run again, that starts over. It needs
+`pip install -r data/requirements-text.txt`.
 """
 import argparse
+import functools
 import hashlib
 import itertools
 import json
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -23,10 +30,12 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import HEADER_INTS, read_shard, write_meta, write_shard
+from documents import BuildError, Progress
+from shards import GPT2_BOS, GPT2_VOCAB, HEADER_INTS, read_shard, write_meta, write_shard
 from token_tables import read_ranks, write_token_tables
 from vocabulary import BOS_TEXT, PATTERN, as_file
 
+RAW_REPO = "HuggingFaceFW/fineweb"
 REPO = "kjj0/fineweb10B-gpt2"
 FILES = "fineweb_val_000000.bin", "fineweb_train_000001.bin"  # consecutive pieces of one stream
 SPLITS = "val", "train", "holdout"
@@ -41,13 +50,13 @@ TRIES, QUICK_TRIES = 6, 3  # a server in trouble gets time to recover, a missing
 LONGEST_WAIT = 300  # seconds; whoever is asked to wait longer had better come back later
 
 
-class Failure(Exception):
+class Failure(BuildError):
     """What went wrong, where, and what to do about it, in one line."""
 
 
 def one_line(error):
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, Failure) or len(text) < 200 else text[:197] + "..."
+    return text if isinstance(error, BuildError) or len(text) < 200 else text[:197] + "..."
 
 
 def sha256(path):
@@ -88,9 +97,9 @@ def take(streams, start, end):
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def gpt2_tokens(bos_id, path=None):
-    """The text of each token but BOS, as bytes, by the ranks file `path` or tiktoken; [] if that
-    cannot say."""
+def gpt2_tokens(bos_id, path=None, needed=False):
+    """The text of each token but BOS, as bytes, by the ranks file `path` or tiktoken; if that
+    cannot say [], or a Failure where they are `needed`."""
     if path:
         try:
             ranks = read_ranks(path)
@@ -102,9 +111,12 @@ def gpt2_tokens(bos_id, path=None):
         import tiktoken
         encoding = tiktoken.get_encoding("gpt2")
     except Exception as error:  # not installed, or its vocabulary neither cached nor reachable
+        advice = ("give their file with --ranks=, or install tiktoken where it can download them"
+                  f" ({type(error).__name__})")
+        if needed:
+            raise Failure(f"without GPT-2's tokens no text can be tokenized: {advice}") from error
         print("without GPT-2's tokens bits per byte will be n/a, tools/sample.py writes no text and"
-              " --spelling and --split_tokens are refused: give their file with --ranks=, or"
-              f" install tiktoken where it can download them ({type(error).__name__})")
+              f" --spelling and --split_tokens are refused: {advice}")
         return []
     return [encoding.decode_single_token_bytes(token) for token in range(bos_id)]
 
@@ -116,12 +128,12 @@ def count_bytes(tokens, lengths, piece=1 << 22):
 
 # ---- downloading ----
 
-def patience(error, attempt):
+def patience(error, attempt, again):
     """(tries that this failure deserves, seconds until the next, what the user can do about it)."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import parse_ratelimit_headers
-    again, seconds = "run again, what is downloaded is kept", min(2 ** attempt, 60)
+    seconds = min(2 ** attempt, 60)
     if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError,
                           httpx2.UnsupportedProtocol)):
         return QUICK_TRIES, attempt / 2, "check the network (and HF_ENDPOINT, if set); " + again
@@ -141,13 +153,14 @@ def patience(error, attempt):
     return TRIES if passing else 1, seconds, again
 
 
-def retry(what, action):
+def retry(what, action, again="run again, what is downloaded is kept"):
+    """action(), after as many tries as its failures deserve; again: advice for after the last."""
     import httpx2
     for attempt in itertools.count(1):
         try:
             return action()
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
-            tries, seconds, advice = patience(error, attempt)
+            tries, seconds, advice = patience(error, attempt, again)
             if attempt >= tries:
                 raise Failure(f"{what}: {one_line(error)}; {advice}") from error
             if seconds > 1:
@@ -246,6 +259,40 @@ def get_streams(args):
             wanted = held + 1  # the rests of cut documents were too much: the next shard as well
 
 
+def tokenize(args):
+    """(streams, ranges of the splits, GPT-2's tokens, the folder on the hub that the text is from),
+    with as little text as it takes.
+
+    The stream is in a file without a name, which is gone however this process ends.
+    """
+    import fineweb_raw      # which needs packages that the rest here does not
+    vocabulary = gpt2_tokens(GPT2_BOS, args.ranks, needed=True)
+    patiently = functools.partial(retry, again="run again, which starts over")
+    budgets = args.val_tokens, args.tokens, args.holdout_tokens
+    wanted = sum(budgets)
+    held = 0
+    check_space((args.out, 2 * 2 * wanted + (1 << 24)))     # the stream, and the shards
+    files, folder = patiently(args.repo, lambda: fineweb_raw.open_hub(args.repo))
+    args.out.mkdir(parents=True, exist_ok=True)
+    progress = Progress("", wanted)
+    with tempfile.TemporaryFile(dir=args.out) as file:
+        for tokens in fineweb_raw.read_tokens(files, folder, vocabulary, patiently):
+            file.write(tokens)
+            held += len(tokens)
+            progress.label = f"{held:,} tokens"
+            progress(held)
+            if held < wanted:
+                continue
+            file.flush()
+            streams = [np.memmap(file, np.uint16, mode="r")]
+            try:
+                return streams, cut_splits(streams, *budgets, GPT2_BOS), vocabulary, folder
+            except ValueError:      # the rests of cut documents were too much: more text
+                continue
+    raise Failure(f"{folder}: its text is {held:,} tokens, too few to cut {wanted:,} from; ask for"
+                  " less with --tokens=")
+
+
 # ---- the dataset ----
 
 def tokens_there(out):
@@ -265,8 +312,14 @@ def tokens_there(out):
 
 def build(args):
     """Get, cut and write the dataset; nothing in args.out changes before all of it is written."""
-    streams, ranges, vocab_size, bos_id = get_streams(args)
-    vocabulary = gpt2_tokens(bos_id, args.ranks)
+    if args.from_raw:
+        streams, ranges, vocabulary, place = tokenize(args)
+        vocab_size, bos_id = GPT2_VOCAB, GPT2_BOS
+        origin = f"tokenized from the raw parquet files of {place}"
+    else:
+        streams, ranges, vocab_size, bos_id = get_streams(args)
+        vocabulary = gpt2_tokens(bos_id, args.ranks)
+        origin = f"from the tokenized shards of {args.repo}"
     lengths = np.array([len(token) for token in vocabulary] + [0])      # BOS is no text
     splits, tokenizer = {}, {"tokenizer": "gpt2", "vocab_size": vocab_size, "bos_id": bos_id}
     args.out.mkdir(parents=True, exist_ok=True)
@@ -287,8 +340,7 @@ def build(args):
             path.replace(args.out / path.name)
     write_meta(args.out, {
         "splits": splits, **tokenizer,
-        "source": f"FineWeb sample-10BT, from the tokenized shards of {args.repo}",
-        "licence": "ODC-By 1.0", "baseline": BASELINE})
+        "source": f"FineWeb sample-10BT, {origin}", "licence": "ODC-By 1.0", "baseline": BASELINE})
     for name, entry in splits.items():
         print(f"{name}: {entry['tokens']:,} tokens, {entry['documents']:,} documents")
     documents = splits["train_000000"]["documents"]
@@ -307,17 +359,21 @@ def parse(argv):
     add("--holdout_tokens", type=int, default=10_000_000, metavar="N", help="[%(default)s]")
     add("--out", type=Path, default=Path(__file__).parent / "fineweb", help="[data/fineweb]")
     add("--cache", type=Path, help="where downloads are kept [the hub's cache]")
-    add("--repo", default=REPO, help="dataset on the hub [%(default)s]")
+    add("--repo", help=f"dataset on the hub [{REPO}; with --from_raw {RAW_REPO}]")
     add("--ranks", type=Path, metavar="FILE", help="of GPT-2's tokens [tiktoken's]")
+    add("--from_raw", action="store_true", help="tokenize the text of FineWeb's own parquet files,"
+        " on all cores, instead of downloading tokens; needs data/requirements-text.txt")
     add("--force", action="store_true", help="build again, whatever is there")
     args = parser.parse_args(argv)
     if min(args.tokens, args.val_tokens, args.holdout_tokens) < 1:
         parser.error("--tokens, --val_tokens and --holdout_tokens must be 1 or more")
+    args.repo = args.repo or (RAW_REPO if args.from_raw else REPO)
     return args
 
 
 def main(argv=None):
     args = parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # which cleans up
     try:
         args.out = args.out.expanduser().resolve()
         there, asked = tokens_there(args.out), [args.val_tokens, args.tokens, args.holdout_tokens]
@@ -331,11 +387,15 @@ def main(argv=None):
         build(args)
         return 0
     except ImportError as error:
-        message = f"{one_line(error)}; pip install huggingface_hub==2.4.0"
-    except (Failure, OSError, ValueError) as error:
+        is_hub = str(error.name).startswith("huggingface_hub")
+        packages = ("-r data/requirements-text.txt" if args.from_raw and not is_hub
+                    else "huggingface_hub==2.4.0")
+        message = f"{one_line(error)}; pip install {packages}"
+    except (BuildError, OSError, ValueError) as error:
         message = one_line(error)
     except KeyboardInterrupt:
-        message = "interrupted; run again to go on, what is downloaded is kept"
+        again = "start over" if args.from_raw else "go on, what is downloaded is kept"
+        message = f"interrupted; run again to {again}"
     print(f"fineweb: {message}", file=sys.stderr)
     return 2
 
