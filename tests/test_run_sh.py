@@ -355,6 +355,19 @@ def test_tools_are_run_by_name(tree):
         "<tools/export.py><runs/a><b>"]
 
 
+def test_settings_that_fit_a_text_and_a_time_are_chosen_by_a_tool(tree):
+    """With all arguments, wherever the track stands, on GPUs or none; data are not asked for."""
+    for gpus in (None, 1, 2):
+        for arguments in (["--track=auto", "--dataset=my text", "--minutes=5"],
+                          ["--dataset=a", "--num_epochs=3", "--track=auto", "--dry_run"]):
+            expected = "<tools/auto.py>" + "".join(f"<{argument}>" for argument in arguments)
+            for words in (arguments, ["train", *arguments]):
+                assert tree(*words, gpus=gpus, processes=2, missing=MISSING) == (
+                    0, "", [expected])
+    assert tree("--track=auto", "--dataset=a", fail="tools/auto.py")[0] == 7
+    assert "auto.py" not in str(tree("--track=automatic", "--dataset=a", gpus=1)[2])
+
+
 def test_text_is_made_a_dataset_by_name(tree):
     calls = tree("text", "a b.txt", "--out=c", gpus=2)[2]
     assert calls[0].endswith("<-r><data/requirements-text.txt>")

@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -28,9 +29,11 @@ from typing import NamedTuple
 import torch
 
 from _runs import ROOT, run_tool
+from baseline import USUAL_WEIGHT_DECAY
 from train_gpt import (FIELDS, FREE, Member, Trainer, UserError, as_text, check_name,
-                       dataset_folder, epochs_of, is_distilled, load_dataset, make_config, minutes,
-                       parse_arguments, plan_launch, read_meta, start_runtime, train_step)
+                       cut_documents, dataset_folder, epochs_of, is_distilled, load_dataset,
+                       make_config, minutes, parse_arguments, plan_launch, read_meta, start_runtime,
+                       train_step)
 
 
 class Size(NamedTuple):
@@ -55,6 +58,7 @@ MOST_TOKENS = 100_000_000
 QUICK_EVAL = 200_000        # tokens of val and of holdout that a CPU scores in a minute or so
 SHARE = 0.9                 # of the time that training may take: the rest is for scores and start
 WARMUP_STEPS, STEPS = 2, 5  # of each kind
+FEW_EPOCHS = 3              # below which tokens are hardly repeated: with the usual decay
 
 
 def read_arguments(arguments):
@@ -85,9 +89,13 @@ def settings_there(folder):
     path = folder / "run.json"
     if not path.exists():
         return None
-    held = json.loads(path.read_text(encoding="utf-8"))
-    return held["track"], {name: held[name] for name in FIELDS
-                           if name in held and name not in (*FREE, "track", "preset")}
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        return held["track"], {name: held[name] for name in FIELDS
+                               if name in held and name not in (*FREE, "track", "preset")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); choose another"
+                        " --run_id") from None
 
 
 def read_text(given, track):
@@ -163,28 +171,44 @@ def training_seconds(config, steps_an_epoch, seconds):
 def fit(track, fields, given, steps_an_epoch, seconds, limit):
     """({field: text} of the ensemble, seconds of training) of the largest of PLANS that `limit`
     seconds are enough for; of one member with fewer epochs if they are not enough for one."""
-    best = None
+    best, whole = None, {**fields, **given}
     for untaught, taught in PLANS:
         chosen = fields | plan_fields(untaught, taught)
-        config = make_config(track, **{**chosen, **given})
-        if "0" == fields["selection_tokens"] and config.final_mixture == "learned":
+        is_learned = chosen["final_mixture"] == "learned" and "final_mixture" not in given
+        if is_learned and not int(whole["selection_tokens"]):
             continue
+        if best and int(given.get("num_models", untaught + taught)) != untaught + taught:
+            continue            # of other plans the first has as many members, untaught
+        config = make_config(track, **{**chosen, **given})
         needed = training_seconds(config, steps_an_epoch, seconds)
         if best is None or needed <= limit:
             best = chosen, needed
     chosen, needed = best
     if needed > limit:
-        epochs = max(1, math.floor(limit / (steps_an_epoch * seconds[0])))
-        chosen = chosen | {"num_epochs": str(epochs)}
+        epochs = make_config(track, **{**chosen, **given}).num_epochs * limit / needed
+        chosen = chosen | fewer_epochs(epochs, int(whole["train_tokens"]))
         config = make_config(track, **{**chosen, **given})
-        needed = training_seconds(config, steps_an_epoch, seconds)
+        share = config.train_tokens / int(whole["train_tokens"])
+        needed = training_seconds(config, steps_an_epoch * share, seconds)
     return chosen, needed
+
+
+def fewer_epochs(epochs, tokens):
+    """{field: text} of one member that there is time for so many epochs of; for less than one, of
+    fewer than `tokens` tokens."""
+    changes = {"num_epochs": str(max(1, int(epochs)))}
+    if epochs < FEW_EPOCHS:
+        changes["weight_decay"] = as_text(USUAL_WEIGHT_DECAY)
+    if epochs < 1:
+        changes["train_tokens"] = str(max(2, int(epochs * tokens)))
+    return changes
 
 
 def choose(options, given):
     """(track, {field: text}, lines that say why) for a text and a time."""
     gpus = torch.cuda.device_count() if given.get("device", "auto") in ("auto", "cuda") else 0
     data, fields = read_text(given, "cpu")
+    documents = data.train
     tokens = sum(map(len, data.train))
     size = nearest(tokens, SIZES + ((MINI,) if gpus else ()))
     track = "mini" if size is MINI else "cpu"
@@ -200,9 +224,14 @@ def choose(options, given):
     seconds = [value / processes for value in seconds]
     chosen, needed = fit(track, fields, given, steps_an_epoch, seconds, limit)
     config = make_config(track, **{**chosen, **given})
+    if config.train_tokens < tokens:        # selection is a tenth of what is left
+        left = cut_documents(documents, config.train_tokens)
+        chosen["selection_tokens"] = str(selection_size([len(document) for document in left]))
+        config = make_config(track, **{**chosen, **given})
     numbers = range(1, config.num_models + 1)
     members = ", ".join(f"{epochs_of(config, k)}{' taught' if is_distilled(config, k) else ''}"
                         for k in numbers)
+    part = f" of {config.train_tokens:,} tokens" if config.train_tokens < tokens else ""
     shape = f"{config.num_layers} blocks of width {config.model_dim}"
     why = (f"the largest of its plans that {options['minutes']:g} minutes are enough for"
            if needed <= limit else "more than the time, but the least there is")
@@ -210,7 +239,7 @@ def choose(options, given):
         f"auto      {tokens:,} tokens: settings for {size.tokens:,} ({size.source}): {shape},"
         f" {' '.join(f'{name}={value}' for name, value in size.fields.items())}",
         f"auto      a step takes {seconds[0]:.3f} s, with a teacher {seconds[1]:.3f} s, an epoch"
-        f" {steps_an_epoch:.0f} steps: {config.num_models} model(s), of {members} epochs, in"
+        f" {steps_an_epoch:.0f} steps: {config.num_models} model(s), of {members} epochs{part}, in"
         f" {minutes(needed)}: {why}"]
 
 
@@ -221,8 +250,8 @@ def main():
         return
     options, given = read_arguments(arguments)
     name = Path(given["dataset"]).resolve().name
-    run_id = given.setdefault("run_id", f"auto_{name}_{options['minutes']:g}m_seed"
-                              + given.get("seed", "1"))
+    name = f"auto_{name}_{options['minutes']:g}m_seed{given.get('seed', '1')}"
+    run_id = given.setdefault("run_id", re.sub(r"[^\w.-]+", "-", name))
     folder = ROOT / given.get("runs_dir", "runs") / run_id
     there = settings_there(folder)
     if there:

@@ -17,6 +17,7 @@ kd_epoch_factor of train_gpt.py.
 """
 import hashlib
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +29,8 @@ from train_gpt import (FIELDS, FREE, GPT, UserError, as_text, check_combinations
 
 ALPHA = 0.7                 # records/EXPERIMENTS.md: the best for one model that is taught
 # What teachers and student have in common: the text and its rows, the form of their logits.
-SHARED = """track preset dataset train_tokens selection_tokens vocab_size seq_len row_memory softcap
-num_models kd_from""".split()
+SHARED = """track preset dataset train_tokens selection_tokens eval_tokens vocab_size seq_len
+row_memory softcap num_models kd_from""".split()
 
 
 def student_config(folder, result, config, values):
@@ -40,10 +41,12 @@ def student_config(folder, result, config, values):
         if name in SHARED:
             raise UserError(f"--{name}: a student has its teachers'; leave it out")
         given[name] = parse(name, text)
-    changes = {"num_models": 1, "kd_alpha": ALPHA, "kd_teachers": len(result["members"]),
-               "final_mixture": "uniform", "continue_members": False, **given}
+    changes = {"num_models": 1, "kd_from": 2, "kd_alpha": ALPHA,
+               "kd_teachers": len(result["members"]), "final_mixture": "uniform",
+               "continue_members": False, **given}
     parts = [f"_{name}{as_text(value)}" for name, value in given.items() if name not in FREE]
-    changes.setdefault("run_id", folder.name + "_student" + "".join(parts))
+    name = re.sub(r"[^\w.-]+", "-", folder.name + "_student" + "".join(parts))
+    changes.setdefault("run_id", name)
     config = replace(config, **changes)
     check_ranges(config)
     check_combinations(config)
