@@ -562,13 +562,15 @@ def test_baseline_is_stored_and_not_measured_again(tmp_path, monkeypatch):
     small = ["--train_tokens=4000", "--num_layers=1", f"--dataset={dataset}"]
     arguments = ["--track=cpu", *TINY, *small, f"--runs_dir={runs}",
                  "--matrix_lr=0.1", "--embed_lr=0.3", "--head_lr=0.01"]     # overfits soon
-    said(baseline, *arguments)
+    out = said(baseline, *arguments)
     meta = json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
     stored = meta["baseline"]
     assert {**meta, "baseline": before.get("baseline")} == before
     lines = (runs / "baseline_cpu/runs.jsonl").read_text(encoding="utf-8").splitlines()
     done = [json.loads(line) for line in lines]
     keys = [(run["settings"], *(run[key] for key in baseline.KEY)) for run in done]
+    lines_said = [line for line in out.splitlines() if line.startswith("run ")]
+    assert [line.split()[1] for line in lines_said] == [str(i + 1) for i in range(len(done))]
     assert len(set(keys)) == len(keys) >= 14    # one epoch: two sizes, four ways; two searches
     (plain, single), = [dict.fromkeys(run["settings"] for run in done)]
     of_members = [run for run in done if run["settings"] == single]
@@ -592,7 +594,7 @@ def test_baseline_is_stored_and_not_measured_again(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.delattr(baseline, "train_member")     # trains nothing
-        said(baseline, *arguments)
+        assert "run " not in said(baseline, *arguments)
     assert json.loads((dataset / "meta.json").read_text(encoding="utf-8")) == meta
     assert lines == (runs / "baseline_cpu/runs.jsonl").read_text(encoding="utf-8").splitlines()
     (tmp_path / "more").mkdir()
@@ -617,6 +619,65 @@ def test_baseline_measures_again_what_was_measured_otherwise(tmp_path):
     assert again.runtime is runtime
     done = baseline.Runs(config, runtime, log)
     assert done.measure(9000, 1, 0.1, (True, False, True)) == run
+
+
+class AnnouncedRuns(MadeUpRuns):
+    """MadeUpRuns that remember, as baseline.Runs do; a token of work takes a millisecond."""
+    settings = "made up"
+    val_tokens = 300
+
+    def __init__(self, *best):
+        super().__init__(*best)
+        self.done, self.made, self.seconds = {}, [], 0.0
+
+    def measure(self, tokens, epochs, wd, values):
+        key = (tokens, epochs, wd, *values)
+        if key not in self.done:
+            self.done[key] = super().measure(tokens, epochs, wd, values)
+            self.made.append(key)
+            self.seconds += (tokens * epochs + self.val_tokens / 3) / 1000
+        return self.done[key]
+
+
+def announced(runs, *curves):
+    """The lines that are said when curves (name, budgets, guess, steps) are measured."""
+    lines = []
+    curves = [baseline.Curve(name, runs, *rest) for name, *rest in curves]
+    for curve in curves:
+        said_by = baseline.Announced(curve, curves, SimpleNamespace(say=lines.append))
+        baseline.tune(said_by, *curve[2:])
+    return lines
+
+
+def test_runs_are_announced_with_what_is_to_come():
+    guess = 8, 1.0, (False, True, True)
+    curves = (("one_epoch", [1000, 2000], baseline.FIRST_ONCE, baseline.FLIPS),
+              ("tuned", [1000], guess, (*baseline.ALONG, *baseline.FLIPS)))
+    runs = AnnouncedRuns(1, 0.1, True, True, True)      # where each one begins: none helps
+    lines = announced(runs, *curves[:1])
+    assert [line.split("  ")[-1].split()[0] for line in lines] == [str(7 - i) for i in range(8)]
+    assert lines[0] == ("run 1  one_epoch  1,000 tokens x 1 epoch, decay 0.1, unet, qk norm, half"
+                        " rows  7 more if no change helps")
+    # 4 runs of 2,000 and one of 1,000 tokens, 100 more each: 9.5 s
+    assert lines[3] == ("run 4  one_epoch  1,000 tokens x 1 epoch, decay 0.1, unet, qk norm  4 more"
+                        " if no change helps, about 0:09 in all")
+    assert announced(runs, *curves[:1]) == []           # all is known
+    runs.best = guess[0], guess[1], *guess[2]
+    lines = announced(runs, *curves)
+    assert [line.split()[1:3] for line in lines] == [[str(9 + i), "tuned"] for i in range(8)]
+    assert "  1,000 tokens x 8 epochs, decay 1, qk norm, half rows  7 more if" in lines[0]
+    assert "about 1:08 in all" in lines[0]      # 6 x 8.1 + 16.1 + 4.1 s
+    assert lines[-1].endswith("  0 more if no change helps, about 0:08 in all")
+
+
+def test_a_change_that_helps_is_followed_by_more():
+    guess = 8, 1.0, (False, True, True)
+    runs = AnnouncedRuns(2, 1.0, False, True, True)
+    lines = announced(runs, ("tuned", [1000], guess, baseline.ALONG))
+    left = [int(line.split("  ")[-1].split()[0]) for line in lines]
+    epochs = [line.split(" x ")[1].split()[0] for line in lines]
+    assert epochs == ["8", "16", "4", "2", "1", "2", "2"]
+    assert left == [4, 3, 2, 2, 2, 1, 0]        # 4 epochs helped, and 2
 
 
 def test_half_rows_are_twice_as_many(tmp_path, monkeypatch):

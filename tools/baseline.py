@@ -15,20 +15,24 @@ single     one model with all that the track's members have but a teacher, epoch
            tuned alike: what is left of a multiple against it is what teachers and mixing add.
 
 A search begins at each D with what was best at the D before, and goes on in each direction, of
-epochs by factors of two, as long as that helps. The curves go into the dataset's meta.json. Every
-run is a line of <runs_dir>/baseline_<track>/runs.jsonl and is not repeated when the command is
-started again.
+epochs by factors of two, as long as that helps. Before each run a line says which it is, how many
+are to come after it if no further change helps (if some do there may be more), and how long all of
+these take at the speed of the runs so far. The curves go into the dataset's meta.json. Every run is
+a line of <runs_dir>/baseline_<track>/runs.jsonl and is not repeated when the command is started
+again.
 """
 import hashlib
 import json
+import math
 import time
 from dataclasses import asdict, replace
 from functools import partial
+from typing import NamedTuple
 
 from _runs import ROOT, config_from_arguments, run_tool
-from train_gpt import (FIELDS, HEADER_INTS, Log, Trainer, UserError, check_ranges,
-                       dataset_folder, hardware_name, load_dataset, mean_loss, minutes,
-                       start_runtime, train_member, write_json)
+from train_gpt import (FIELDS, HEADER_INTS, Clocks, Log, Trainer, UserError, check_ranges,
+                       count_tokens, dataset_folder, hardware_name, load_dataset, mean_loss,
+                       minutes, start_runtime, train_member, write_json)
 
 MULTIPLES = (1, 2, 4, 8, 12, 16)
 # The largest multiple for what is tuned, which costs epochs times D. No ensemble has been worth
@@ -86,14 +90,9 @@ def measure_baseline(config, overrides):
                     for path in dataset.glob("*_train_*.bin"))
     budgets = [m * config.train_tokens for m in MULTIPLES if m * config.train_tokens <= available]
     few = [tokens for tokens in budgets if tokens <= TUNED_UP_TO * config.train_tokens]
-    runs = Runs(plain(config), runtime, log)
-    chosen = {"one_epoch": tune(runs, budgets, FIRST_ONCE, FLIPS),
-              "tuned": tune(runs, few, FIRST_GUESS, (*ALONG, *FLIPS))}
-    runs = Runs(single(config), runtime, log)
-    guess = config.num_epochs, config.weight_decay, (config.unet, config.qk_norm, False)
-    chosen["single"] = tune(runs, few, guess, ALONG)
-    curves = {kind: [[run["tokens"], run["val"]] for run in found]
-              for kind, found in chosen.items()}
+    chosen = measure_curves(config, runtime, log,
+                            {"one_epoch": budgets, "tuned": few, "single": few})
+    curves = points_of(chosen)
     if runtime.is_main:
         meta = json.loads((dataset / "meta.json").read_text(encoding="utf-8"))
         meta["baseline"] = {
@@ -105,6 +104,39 @@ def measure_baseline(config, overrides):
     for kind, curve in curves.items():
         log.say(f"{kind:<10} {curve}")
     log.say(f"stored in {dataset / 'meta.json'} after {minutes(time.perf_counter() - start)}")
+
+
+class Curve(NamedTuple):
+    """A curve that is to be measured: its name, its Runs, and what `tune` takes beside them."""
+    name: str
+    runs: object
+    budgets: list
+    guess: tuple
+    steps: tuple
+
+
+def measure_curves(config, runtime, log, budgets, flips=True):
+    """{name of a curve: [the best run at each budget]}. budgets: {name, of one_epoch, tuned and
+    single: numbers of tokens, in order}; flips: whether the tuned search goes along TRIED too."""
+    plain_runs = Runs(plain(config), runtime, log)
+    single_runs = Runs(single(config), runtime, log)
+    guess = config.num_epochs, config.weight_decay, (config.unet, config.qk_norm, False)
+    both = (*ALONG, *FLIPS) if flips else ALONG
+    curves = [Curve(name, runs, budgets[name], guess, steps) for name, runs, guess, steps in (
+        ("one_epoch", plain_runs, FIRST_ONCE, FLIPS), ("tuned", plain_runs, FIRST_GUESS, both),
+        ("single", single_runs, guess, ALONG)) if name in budgets]
+    chosen = {}
+    for i, curve in enumerate(curves):
+        announced = Announced(curve, curves, log)
+        chosen[curve.name] = tune(announced, curve.budgets, curve.guess, curve.steps)
+        if all(later.runs is not curve.runs for later in curves[i + 1:]):
+            curve.runs.trainers.clear()         # of their memory
+    return chosen
+
+
+def points_of(chosen):
+    """{name of a curve: [[tokens, val loss], ...]} of measure_curves."""
+    return {name: [[run["tokens"], run["val"]] for run in runs] for name, runs in chosen.items()}
 
 
 def tune(runs, budgets, guess, steps):
@@ -170,6 +202,9 @@ class Runs:
         self.log = log
         self.path = log.folder / "runs.jsonl"
         self.trainers = {}      # by the values of TRIED
+        self.made = []          # keys of the runs of this launch
+        self.seconds = 0.0      # that these took, without compilation
+        self.val_tokens = 0     # that each of them scored
         own = ("run_id", "runs_dir", "time_limit", "flop_limit", "log_steps", "save_minutes",
                "allow_changed", "hang_minutes", "unet", "qk_norm")
         same = {name: value for name, value in asdict(config).items() if name not in own}
@@ -183,6 +218,7 @@ class Runs:
         key = (tokens, epochs, wd, *values)
         if key in self.done:
             return self.done[key]
+        clocks = Clocks()
         unet, qk_norm, half_rows = values
         config = replace(self.config, train_tokens=tokens, num_epochs=epochs, weight_decay=wd,
                          unet=unet, qk_norm=qk_norm)
@@ -200,11 +236,77 @@ class Runs:
         for split in ("selection", "val"):
             run[split] = round(mean_loss(scores[split]), 4)
         self.done[key] = run
+        self.made.append(key)
+        self.seconds += clocks.training()
+        self.val_tokens = count_tokens(data.scored["val"])
         self.log.say(" ".join(f"{name}:{value}" for name, value in run.items()))
         if self.runtime.is_main:
             with open(self.path, "a", encoding="utf-8") as file:
                 print(json.dumps({**run, "settings": self.settings}), file=file)
         return run
+
+
+# ==== What is still to come =====================================================================
+class Forecast:
+    """Stands in for Runs: of a run that is not made it notes the key, and that it does not help."""
+
+    def __init__(self, done):
+        self.done = done
+        self.keys = []
+
+    def measure(self, tokens, epochs, wd, values):
+        key = (tokens, epochs, wd, *values)
+        if key in self.done:
+            return self.done[key]
+        self.keys.append(key)
+        return {**dict(zip(KEY, key)), "selection": math.inf}
+
+
+def keys_to_come(curves):
+    """Keys of what is still to be run for [Curve], if no change that is tried helps."""
+    found = set()
+    for curve in curves:
+        forecast = Forecast(curve.runs.done)
+        tune(forecast, curve.budgets, curve.guess, curve.steps)
+        found |= {(curve.runs.settings, key) for key in forecast.keys}  # plain curves share runs
+    return [key for _, key in found]
+
+
+class Announced:
+    """The Runs of a curve, that say before each new run which it is and what is to come."""
+
+    def __init__(self, curve, curves, log):
+        self.curve = curve
+        self.curves = curves
+        self.log = log
+
+    def measure(self, tokens, epochs, wd, values):
+        runs = self.curve.runs
+        if (tokens, epochs, wd, *values) not in runs.done:
+            self.log.say(self.line(tokens, epochs, wd, values))
+        return runs.measure(tokens, epochs, wd, values)
+
+    def line(self, tokens, epochs, wd, values):
+        """Of a run that is about to be made: its number, counting earlier launches', what it is."""
+        distinct = {curve.runs.settings: curve.runs for curve in self.curves}.values()
+        number = 1 + sum(len(runs.done) for runs in distinct)
+        is_on = [name.replace("_", " ") for name, value in zip(TRIED, values) if value]
+        what = ", ".join([f"{tokens:,} tokens x {epochs} epoch{'s' * (epochs > 1)}",
+                          f"decay {wd:g}", *is_on])
+        to_come = keys_to_come(self.curves)
+        left = ""
+        seconds = sum(runs.seconds for runs in distinct)
+        if seconds:
+            scored = max(runs.val_tokens for runs in distinct)
+            made = work([key for runs in distinct for key in runs.made], scored)
+            left = f", about {minutes(seconds * work(to_come, scored) / made)} in all"
+        return (f"run {number}  {self.curve.name}  {what}  {len(to_come) - 1} more if no change"
+                f" helps{left}")
+
+
+def work(keys, scored):
+    """What runs take, in tokens of training; each scores `scored` tokens, a third of the work."""
+    return sum(tokens * epochs + scored / 3 for tokens, epochs, *_ in keys)
 
 
 def main():
