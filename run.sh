@@ -102,9 +102,11 @@ case "$command" in
 esac
 
 # ---- train: the script says on how many processes, after a look at settings and data
-case " $* " in *" --help "*|*" -h "*) exec $python train_gpt.py --help ;; esac
+case " $* " in
+    *" --track=auto "*) count_gpus "$@"; exec $python tools/auto.py "$@" ;;
+    *" --help "*|*" -h "*) exec $python train_gpt.py --help ;;
+esac
 count_gpus "$@"
-case " $* " in *" --track=auto "*) exec $python tools/auto.py "$@" ;; esac
 case "$gpus $* " in
     0*" --device="*|0*" --preset=toy "*) ;;
     0*" --track=mini "*|0*" --track=tiny "*|0*" --track=limited "*|0*" --track=two_hour "*|\

@@ -1652,7 +1652,7 @@ def announce(trainer, data, log, overrides, had_run, changes):
             f" documents; {', '.join(scored)}",
             f"model     {num_parameters(trainer.model) / 1e6:.4g}M parameters,"
             f" {c.num_layers} blocks of width {c.model_dim}; {flops} FLOPs a token",
-            f"steps     {rows.num_steps:,} in {c.num_epochs} epochs, of {c.batch_rows} rows x"
+            f"steps     {rows.num_steps:,} in {epochs_of(c, 1)} epochs, of {c.batch_rows} rows x"
             f" {c.seq_len} = {c.batch_rows * c.seq_len:,} tokens; {runtime.world_size} process(es),"
             f" micro-batches of {trainer.micro_rows} row(s)",
             f"machine   {hardware_name(runtime.device)}; torch {torch.__version__},"
@@ -2209,8 +2209,8 @@ def run(config, overrides, teachers=None):
     micro_batch_rows(config, runtime.world_size)
     config = replace(config, dtype=str(runtime.dtype).removeprefix("torch."))
     data = load_dataset(dataset_folder(config), config)
-    data.hashes |= teachers[2] if teachers else {}
-    folder, had_run, changes, history, lock = claim(config, overrides, data.hashes, runtime)
+    hashes = data.hashes | (teachers[2] if teachers else {})
+    folder, had_run, changes, history, lock = claim(config, overrides, hashes, runtime)
     log = Log(Path(os.path.relpath(folder)), runtime.is_main)   # a log may be published
     path = folder / "result.json"
     if path.exists():

@@ -72,11 +72,18 @@ def write_shard(path, tokens, vocab_size, bos_id):
     tokens = np.ascontiguousarray(tokens, dtype="<u2")
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:5] = MAGIC, VERSION, len(tokens), vocab_size, bos_id
-    content = header.tobytes() + tokens.tobytes()
+
+    def write(beside):
+        with open(beside, "wb") as file:        # without a copy of all the tokens
+            header.tofile(file)
+            tokens.tofile(file)
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda beside: beside.write_bytes(content))
+    write_whole(path, write)
+    digest = hashlib.sha256(header)
+    digest.update(tokens)
     return {"tokens": len(tokens), "documents": int((tokens == bos_id).sum()),
-            "sha256": hashlib.sha256(content).hexdigest()}
+            "sha256": digest.hexdigest()}
 
 
 def write_meta(folder, meta):

@@ -65,7 +65,8 @@ def student(base):
 def test_a_student_has_the_fields_of_its_teachers_but_for_those_that_are_given(base, student):
     given = dict(model_dim=32, num_heads=1, num_layers=1, kd_epoch_factor=2, dropout=0.1)
     changed = dict(num_models=1, kd_from=1, kd_alpha=0.7, kd_teachers=2, final_mixture="uniform",
-                   continue_members=False, run_id=student.run.folder.name)
+                   continue_members=False, run_id=student.run.folder.name,
+                   seed=base.result["seed"] + 1000)
     assert student.run.result["config"] == {**base.result["config"], **given, **changed}
     assert student.run.result["overrides"] == {**base.result["overrides"], **given, **changed}
     weights = load_file(student.run.folder / "members/001.safetensors")
@@ -244,7 +245,7 @@ def test_without_fields_it_is_of_the_members_size(base, monkeypatch):
     config, overrides, _ = captured(monkeypatch, base.folder)
     theirs = read_result(base.folder)[1]
     assert config == replace(theirs, num_models=1, kd_from=1, kd_alpha=0.7, kd_teachers=2,
-                             run_id=f"{base.folder.name}_student")
+                             run_id=f"{base.folder.name}_student", seed=theirs.seed + 1000)
     assert overrides.pop("kd_from") == 1
     same = make_config("cpu", **{name: value for name, value in overrides.items()
                                  if name != "track"})

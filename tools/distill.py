@@ -6,7 +6,8 @@
 
 The student has the fields of the run, but for those that are given, and --kd_alpha=0.7. It reads
 the text that the run read, and in each step another member, drawn at random, is its teacher
-(--kd_teachers=K: one of the last K). It trains --num_epochs x --kd_epoch_factor epochs.
+(--kd_teachers=K: one of the last K). It trains --num_epochs x --kd_epoch_factor epochs, from a seed
+1,000 above the run's: member 1 began as the same numbers otherwise.
 
 It becomes a run of its own, runs/ID_student..., which the same command goes on with if it was
 stopped, and which sample, eval and export take like any other. At the end a line says how much it
@@ -43,7 +44,7 @@ def student_config(folder, result, config, values):
         given[name] = parse(name, text)
     changes = {"num_models": 1, "kd_from": 2, "kd_alpha": ALPHA,
                "kd_teachers": len(result["members"]), "final_mixture": "uniform",
-               "continue_members": False, **given}
+               "continue_members": False, "seed": config.seed + 1000, **given}
     parts = [f"_{name}{as_text(value)}" for name, value in given.items() if name not in FREE]
     name = re.sub(r"[^\w.-]+", "-", folder.name + "_student" + "".join(parts))
     changes.setdefault("run_id", name)
