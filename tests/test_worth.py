@@ -19,8 +19,9 @@ TOKENS = 1600
 BUDGETS = [200, 400, 800, 1600]
 GUESS = 2, 0.3, (False, True, True)
 SMALL = [f"--vocab_size={VOCAB}", f"--train_tokens={TOKENS}", "--selection_tokens=160",
-         "--eval_tokens=0", "--seq_len=8", "--batch_rows=32", "--num_layers=1", "--num_epochs=2",
-         "--num_models=2", "--kd_from=2", "--dropout=0.1", "--matrix_lr=0.1", "--embed_lr=0.3"]
+         "--eval_tokens=0", "--seq_len=8", "--batch_rows=32", "--device_batch_size=32",
+         "--num_layers=1", "--num_epochs=2", "--num_models=2", "--kd_from=2", "--dropout=0.1",
+         "--matrix_lr=0.1", "--embed_lr=0.3"]
 
 
 def longer(run):

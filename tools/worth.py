@@ -157,7 +157,7 @@ def table(curves, recipe):
     for tokens, _ in curves["one_epoch"]:
         losses = [f"{column[tokens]:.4f}" if tokens in column else ""
                   for column in columns.values()]
-        lines.append("".join(f"{text:>12}" for text in (f"{tokens:,}", *losses)))
+        lines.append("".join(f"{text:>12}" for text in (f"{tokens:,}", *losses)).rstrip())
     return lines
 
 
