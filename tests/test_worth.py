@@ -207,6 +207,7 @@ def test_errors_are_one_line(small, tmp_path):
             (dict(config={"dataset": str(tmp_path / "gone")}), "no train shards"),
             (dict(data_sha256={**hashes, name: "0" * 64}), f"by the SHA-256 of {name}"),
             (dict(data_sha256={**hashes, "teacher": "0" * 64}), "more than its dataset (teacher)"),
+            (dict(config={"kd_from": 1}), "taught by another run's members"),
             (dict(runs={"a": {}}), "a mixture of runs"))):
         (tmp_path / str(i)).mkdir()
         assert message in complaint(worth, copied(small, tmp_path / str(i), **changes))

@@ -44,6 +44,9 @@ COLUMNS = {"one_epoch": "one epoch", "tuned": "tuned", "single": "single"}
 def read_text(run, result, config):
     """All documents of a run's train, those of selection first. UserError if its dataset is not
     there, or not what the run was trained on."""
+    if config.kd_from == 1:     # a student of tools/distill.py
+        raise UserError(f"{run}: taught by another run's members, which have read all of the text;"
+                        " give that run")
     folder = dataset_folder(config)
     data = load_dataset(folder, config)
     trained_on = result["data_sha256"]
