@@ -124,7 +124,7 @@ class Config:
     x0_init: float = opt(0.1, "first a of it (x0: the embedding); 0: no a", cpu=0)
     unet: bool = opt(True, "learned skips from early layers to their mirrors", cpu=False)
     spelling: bool = opt(False, "tokens of like strings learn from each other", cpu=True, mini=True)
-    row_memory: bool = opt(False, "what is in the row is likelier to come", mini=True)
+    row_memory: bool = opt(False, "what is in the row is likelier to come", cpu=True, mini=True)
     value_projections: bool = opt(True, "in every second layer values come from x0 too")
     attn_gate: bool = opt(True, "a gate per attention head")
     qk_norm: bool = opt(True, "RMS-normalize queries and keys", cpu=False)
