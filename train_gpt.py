@@ -87,22 +87,22 @@ class Config:
     selection_tokens: int = opt(132_000, "whole documents, from the front", least=0,
                                 cpu=5_000, mini=60_000, toy=1_000)
     eval_tokens: int = opt(0, "tokens of val and of holdout that are scored; 0: all")
-    split_tokens: float = opt(0, "part of the inputs cut in two", most=1, mini=0.05)
+    split_tokens: float = opt(0, "part of the inputs cut in two", most=1, cpu=0.14, mini=0.05)
     vocab_size: int = opt(50257, "tokens of the dataset's vocabulary", cpu=2048, toy=2048)
-    seq_len: int = opt(2048, "tokens a row", cpu=256, cpu_long=1024, mini=1024, toy=64)
-    batch_rows: int = opt(256, "rows a step, over all devices", cpu=8, cpu_long=2, mini=64)
+    seq_len: int = opt(2048, "tokens a row", cpu=512, cpu_long=1024, mini=1024, toy=64)
+    batch_rows: int = opt(256, "rows a step, over all devices", cpu=4, cpu_long=2, mini=64)
     device_batch_size: int = opt(4, "rows of a micro-batch",
-                                 cpu=8, cpu_long=2, mini=32, tiny=32, unlimited=2, toy=4)
+                                 cpu=4, cpu_long=2, mini=32, tiny=32, unlimited=2, toy=4)
 
     # ---- members and ensemble
     num_models: int = opt(1, "members, in turn", cpu=4, cpu_long=10, mini=4, unlimited=96, toy=4)
-    num_epochs: int = opt(11, "passes over the data, each member", cpu=8, mini=16, tiny=15,
+    num_epochs: int = opt(11, "passes over the data, each member", cpu=12, mini=16, tiny=15,
                           two_hour=22, unlimited=2, toy=2)
     kd_alpha: float = opt(0, "KL's weight", most=1, cpu=0.5, cpu_long=0.7, mini=0.5, unlimited=0.45)
     kd_temperature: float = opt(1, "its temperature T", least=0.01, unlimited=1.2)
-    kd_from: int = opt(2, "first that is taught", cpu_long=7, unlimited=9, toy=2)
-    kd_teachers: int = opt(1, "last members that teach, one in each step")
-    kd_epoch_factor: int = opt(1, "times the epochs for who is taught", toy=1)
+    kd_from: int = opt(2, "first that is taught", cpu=4, cpu_long=7, unlimited=9, toy=2)
+    kd_teachers: int = opt(1, "last members that teach, one in each step", cpu=99)
+    kd_epoch_factor: int = opt(1, "times the epochs for who is taught", cpu=3, toy=1)
     continue_members: bool = opt(False, "begin as the last one ended", unlimited=True)
     perturb_start: float = opt(0.25, "but perturbed, the second, by std of each tensor")
     perturb_end: float = opt(0.05, "and the last; a cosine in between")
@@ -163,7 +163,7 @@ class Config:
     muon_eq: bool = opt(True, "MuonEq-R: unit rows before orthogonalization", tiny=False)
     normuon_beta2: float = opt(0.95, "NorMuon; 0: plain Muon", most=1, cpu=0)
     cautious: bool = opt(True, "decay only what the update does not push outwards")
-    weight_decay: float = opt(1.3, "of matrices, embedding and head", cpu=1.0, tiny=0.8)
+    weight_decay: float = opt(1.3, "of matrices, embedding and head", cpu=1.5, tiny=0.8)
     wd_schedule: tuple = opt(
         ((0, 1),), "(progress, multiplier) of weight_decay",
         tiny=((0, 1), (2 / 15, 1), (8 / 15, 0.125), (1, 1.1625)),
