@@ -48,7 +48,7 @@ SIZES = (
     Size(50_000, dict(num_epochs=12, weight_decay=1.5, split_tokens=0.14), "the track `cpu`"),
     Size(100_000, dict(num_epochs=24, weight_decay=1.0, split_tokens=0.14), "a search of members"),
     Size(200_000, dict(num_epochs=12, weight_decay=0.5, split_tokens=0.14), "two members tried"),
-    Size(800_000, dict(num_epochs=6, weight_decay=0.5, split_tokens=0.14), "one member tried"),
+    Size(800_000, dict(num_epochs=3, weight_decay=0.3, split_tokens=0.14), "one member tried"),
 )
 MINI = Size(4_000_000, {}, "the track `mini`, not tuned")
 # Members that nobody teaches and members that are taught, by the time that they take: `cpu`'s are
