@@ -984,7 +984,7 @@ def step_flops(config, teacher=None):
     return {stage: flops_per_token(config, stage) for stage in training_stages(config)}, forward
 
 def is_distilled(config, number):
-    """Whether member `number` (from 1) has a teacher."""
+    """Whether member `number` (from 1) has a teacher; in tools/distill.py kd_from is 1."""
     return bool(config.kd_alpha) and number >= config.kd_from
 
 def epochs_of(config, number):

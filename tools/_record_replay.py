@@ -3,7 +3,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from _record_checks import check_data
 from _record_files import RunLog, load_source, read_log, read_record, sha256, weights_of
 from _record_submit import cpu_name
-from _runs import over_vocabulary
+from _runs import over_vocabulary, python_on
 from train_gpt import UserError, as_text, member_path, read_tensors
 
 CONTEXTS = 384              # of val, for which the mixture is summed over the vocabulary
@@ -63,10 +62,8 @@ def run_again(folder, log):
     given = {**log.result["overrides"], "seed": log.seed, "run_id": "replay", "runs_dir": "runs"}
     settings = [f"--{name}={as_text(value)}" for name, value in given.items()]
     processes = min(log.result["processes"], max(1, torch.cuda.device_count()))
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["train_gpt.py", f"--track={log.result['config']['track']}", *settings]
+    command = [*python_on(processes), "train_gpt.py",
+               f"--track={log.result['config']['track']}", *settings]
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     code = subprocess.run(command, cwd=folder, env=environment, stdout=2).returncode
     if code:

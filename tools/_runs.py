@@ -43,6 +43,14 @@ def config_from_arguments(doc):
     return config, {name: getattr(config, name) for name in values}
 
 
+def python_on(processes):
+    """The beginning of a command that runs a script on so many processes of this Python."""
+    if processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc_per_node={processes}"]
+
+
 def read_result(folder):
     """(result.json of a finished run, its Config). UserError if there is none.
 

@@ -28,9 +28,9 @@ from typing import NamedTuple
 
 import torch
 
-from _runs import ROOT, run_tool
+from _runs import ROOT, python_on, run_tool
 from baseline import USUAL_WEIGHT_DECAY
-from train_gpt import (FIELDS, FREE, Member, Trainer, UserError, as_text, check_name,
+from train_gpt import (FIELDS, FREE, Member, Rows, Trainer, UserError, as_text, check_name,
                        cut_documents, dataset_folder, epochs_of, is_distilled, load_dataset,
                        make_config, minutes, parse_arguments, plan_launch, read_meta, start_runtime,
                        train_step)
@@ -217,7 +217,8 @@ def choose(options, given):
     data = load_dataset(data.folder, config)
     runtime = start_runtime(config)
     seconds = step_seconds(config, runtime, data)
-    rows = Member(1, Trainer(replace(config, kd_alpha=0), runtime, data.tables), data).rows
+    rows = Rows(data.train, config.seq_len, config.batch_rows, config.num_epochs, config.seed,
+                data.bos, data.tables.get("pairs"), config.split_tokens)
     steps_an_epoch = rows.rows_per_epoch / config.batch_rows
     limit = SHARE * 60 * options["minutes"]
     processes, _ = plan_launch(given.get("device", "auto"), "check")
@@ -268,9 +269,7 @@ def main():
     if options["dry_run"]:
         return
     processes, _ = plan_launch(given.get("device", "auto"), "check")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    script = [*(launcher if processes > 1 else []), str(ROOT / "train_gpt.py"), *command]
-    os.execv(sys.executable, [sys.executable, *script])
+    os.execv(sys.executable, [*python_on(processes), str(ROOT / "train_gpt.py"), *command])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import torch
 
-from _runs import ROOT, compared, run_tool
+from _runs import ROOT, compared, python_on, run_tool
 from compare import compare_groups, compare_one, kind_of, read_run
 from train_gpt import (FIELDS, SOURCE, UserError, check_name, epochs_of, make_config, minutes,
                        parse_arguments, plan_launch, run_name)
@@ -208,13 +208,9 @@ class Machine:
     def start(self, job, slot):
         """A process that trains the run of `job` with the share of `slot`."""
         environment = {**os.environ}
-        launcher = [sys.executable]
         if self.gpus:
             mine = self.visible[slot * self.processes:(slot + 1) * self.processes]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
-            if self.processes > 1:
-                launcher += ["-m", "torch.distributed.run", "--standalone",
-                             f"--nproc_per_node={self.processes}"]
         else:
             environment |= {"OMP_NUM_THREADS": str(self.threads)}
             if self.threads < (os.cpu_count() or 1):        # others need the cores
@@ -224,7 +220,7 @@ class Machine:
         job.folder.mkdir(parents=True, exist_ok=True)
         with open(job.folder / "console.txt", "ab") as output:
             return subprocess.Popen(
-                [*launcher, str(ROOT / "train_gpt.py"),
+                [*python_on(self.processes), str(ROOT / "train_gpt.py"),
                  *(f"--{name}={value}" for name, value in arguments.items())],
                 stdout=output, stderr=subprocess.STDOUT, env=environment)
 

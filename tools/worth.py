@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from _runs import compared, read_own_result, read_result, run_tool
+from _runs import compared, python_on, read_own_result, read_result, run_tool
 from baseline import measure_curves, points_of
 from train_gpt import (BASELINES, SOURCE, Log, UserError, as_text, count_tokens, cut_documents,
                        cut_selection, data_efficiency, dataset_folder, hardware_name, load_dataset,
@@ -131,10 +131,7 @@ def train_recipe(run, result, config):
 def start(config, processes):
     """Run train_gpt.py with all fields of `config`. UserError if it fails."""
     usual = make_config(config.track, preset=config.preset)
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(SOURCE), f"--track={config.track}"]
+    command = [*python_on(processes), str(SOURCE), f"--track={config.track}"]
     if config.preset:
         command.append(f"--preset={config.preset}")
     command += [f"--{name}={as_text(value)}" for name, value in asdict(config).items()
